@@ -1,0 +1,1 @@
+"""Measurements: accuracy, latency, start, memory; and what this machine can do."""

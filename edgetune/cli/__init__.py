@@ -1,0 +1,1 @@
+"""The `edgetune` command line: one file a command; each parses, calls one function, prints."""

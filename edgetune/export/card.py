@@ -1,0 +1,64 @@
+"""The model card: what a person who finds the bundle needs to know."""
+
+from edgetune.runtime.manifest import Evaluation, Manifest
+
+
+def model_card(
+    manifest: Manifest, *, base_model: str, method: str, torch: Evaluation, parity: float
+) -> str:
+    """Return MODEL_CARD.md for a bundle whose manifest is complete but for the files.
+
+    Args:
+        manifest: of the bundle.
+        base_model: what was fine-tuned.
+        method: how.
+        torch: the same split, measured in torch before export.
+        parity: largest difference of a logit between torch and the fp32 graph.
+    """
+    rows = "\n".join(
+        f"| {name} | {_cells(torch, name)} | {_cells(manifest.reference, name)} |"
+        f" {_cells(manifest.evaluation, name)} |"
+        for name in manifest.evaluation.metrics
+    )
+    overrides = (
+        f"\nLimits that were overridden when this was made: {', '.join(manifest.overrides)}.\n"
+        if manifest.overrides
+        else ""
+    )
+    return f"""# {manifest.name}
+
+{manifest.task}, {len(manifest.labels)} labels, {manifest.precision}, made for the profile
+`{manifest.profile}` by edgetune {manifest.edgetune_version}.
+
+- base model: {base_model}
+- fine-tuned with: {method}
+- needs: onnxruntime {manifest.compatibility.onnxruntime_min} or newer
+- labels: {", ".join(manifest.labels)}
+
+## Measured
+
+On {manifest.evaluation.samples} samples of the {manifest.evaluation.split} split; 95 % bootstrap
+intervals in brackets. The last two columns were measured through the device runtime.
+
+| metric | torch fp32 | ONNX fp32 | this bundle |
+|---|---|---|---|
+{rows}
+
+The fp32 graph's logits are within {parity:.2g} of torch's on real samples, preprocessing
+included.
+{overrides}
+## Self-test
+
+`edgetune-rt verify` checks every file's SHA-256 and replays {manifest.goldens.count} samples,
+whose logits may differ by {manifest.goldens.tolerance:.3g} from those stored.
+
+## Limits
+
+The metrics hold for data like that split. What the training data lacked, the model has not
+learned; scores are not calibrated probabilities.
+"""
+
+
+def _cells(evaluation: Evaluation, name: str) -> str:
+    metric = evaluation.metrics[name]
+    return f"{metric.value:.4f} [{metric.low:.4f}, {metric.high:.4f}]"

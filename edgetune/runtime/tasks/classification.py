@@ -1,0 +1,38 @@
+"""What all classification tasks share: logits to labels and scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classification:
+    """One answer: the most probable label, its probability, and all of them if asked for."""
+
+    label: str
+    score: float
+    scores: dict[str, float] | None = None
+
+
+def softmax(logits: FloatArray) -> FloatArray:
+    """Return probabilities over the last axis, shape unchanged; safe for large logits."""
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: FloatArray = exp / exp.sum(axis=-1, keepdims=True)
+    return result
+
+
+def classify(
+    logits: FloatArray, labels: Sequence[str], *, all_scores: bool
+) -> list[Classification]:
+    """Turn logits, shape (batch, labels), into one `Classification` a row."""
+    probabilities = softmax(logits)
+    results = []
+    for row in probabilities:
+        best = int(row.argmax())
+        scores = dict(zip(labels, row.tolist(), strict=True)) if all_scores else None
+        results.append(Classification(label=labels[best], score=float(row[best]), scores=scores))
+    return results

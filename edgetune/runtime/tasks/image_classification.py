@@ -1,0 +1,110 @@
+"""Image classification on the device: file, bytes, PIL image or array -> uint8 pixels -> a label.
+
+Resizing and normalising are in the graph; only decoding happens here.
+"""
+
+import io
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.errors import DataError, MissingExtraError
+from edgetune.runtime.bundle import Bundle
+from edgetune.runtime.tasks.classification import Classification, classify
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class ImageClassification:
+    """Decodes images; the graph takes pixels as they are."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Take the labels from the manifest."""
+        self.labels = bundle.manifest.labels
+
+    def is_many(self, value: Any) -> bool:
+        """Say whether `value` is a list of images or a 4-D array rather than one image."""
+        return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4
+
+    def encode(self, sample: Any) -> dict[str, Any]:
+        """Return the pixels, uint8, shape (height, width, 3); see `decode_image`."""
+        return {"image": decode_image(sample)}
+
+    def group(self, encoded: dict[str, Any]) -> Hashable:
+        """Batch images of one size."""
+        return encoded["image"].shape
+
+    def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return pixels of shape (batch, height, width, 3)."""
+        return {"image": np.stack([e["image"] for e in encoded])}
+
+    def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
+        """Return one `Classification` a sample."""
+        return classify(outputs["logits"], self.labels, all_scores=all_scores)
+
+
+def decode_image(source: Any) -> Pixels:
+    """Return an image's pixels as RGB, uint8, shape (height, width, 3).
+
+    The orientation that a camera wrote into the file (EXIF) is applied; transparency is
+    dropped; 16-bit grey is scaled to 8 bits.
+
+    Args:
+        source: path, bytes of an image file, PIL image, or uint8 array of shape (height,
+            width), (height, width, 1), (height, width, 3) RGB or (height, width, 4) RGBA.
+
+    Raises:
+        DataError: it is none of these, is absent or can't be decoded.
+        MissingExtraError: Pillow is needed and not installed.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise MissingExtraError("pillow", "image") from error
+    if isinstance(source, Image.Image):
+        return np.array(_to_rgb(ImageOps.exif_transpose(source)))
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, opened = f"{len(source)} bytes", io.BytesIO(source)
+    elif isinstance(source, str | Path):
+        name, opened = str(source), Path(source)  # type: ignore[assignment]
+    else:
+        raise DataError(
+            "expected a path, bytes, a PIL image or a uint8 array, got"
+            f" {type(source).__module__}.{type(source).__name__}"
+        )
+    try:
+        with Image.open(opened) as image:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: is no image that Pillow knows") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Any) -> Any:
+    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
+        values = np.asarray(image).astype(np.int64)
+        grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _from_array(array: npt.NDArray[Any]) -> Pixels:
+    if array.dtype != np.uint8:
+        raise DataError(f"expected a uint8 array with values 0..255, got {array.dtype}")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise DataError(f"expected an array of shape (height, width, 3), got {array.shape}")
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return np.ascontiguousarray(array[:, :, :3])

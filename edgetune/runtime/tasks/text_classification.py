@@ -1,0 +1,94 @@
+"""Text classification on the device: a string -> token ids -> a label."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgetune.errors import DataError, IntegrityError, MissingExtraError
+from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle
+from edgetune.runtime.records import from_mapping
+from edgetune.runtime.tasks.classification import Classification, classify
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """The manifest's options: longest sequence in tokens, the id that pads."""
+
+    max_length: int
+    pad_id: int
+
+
+class TextClassification:
+    """Encodes strings with the bundle's own tokenizer.json."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load the tokenizer; see `open_tokenizer` for the errors."""
+        self.labels = bundle.manifest.labels
+        self.options = from_mapping(
+            TextOptions, bundle.manifest.options, where="manifest: options", error=IntegrityError
+        )
+        path = bundle.path(TOKENIZER_NAME)
+        self._tokenizer = open_tokenizer(
+            path.read_bytes(), self.options.max_length, where=str(path)
+        )
+
+    def is_many(self, value: Any) -> bool:
+        """Say whether `value` is a list of strings rather than one."""
+        return isinstance(value, list | tuple)
+
+    def encode(self, sample: Any) -> dict[str, Any]:
+        """Return token ids and mask, int64, shape (tokens,).
+
+        Raises:
+            DataError: `sample` is no string.
+        """
+        if not isinstance(sample, str):
+            raise DataError(f"expected a string, got {type(sample).__name__}")
+        ids = np.array(self._tokenizer.encode(sample).ids, np.int64)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def group(self, encoded: dict[str, Any]) -> Hashable:
+        """Batch texts of like length, so that little is spent on padding."""
+        return -(-encoded["input_ids"].shape[0] // 16)
+
+    def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Pad to the longest: int64, shape (batch, tokens)."""
+        width = max(e["input_ids"].shape[0] for e in encoded)
+        ids = np.full((len(encoded), width), self.options.pad_id, np.int64)
+        mask = np.zeros((len(encoded), width), np.int64)
+        for row, sample in enumerate(encoded):
+            length = sample["input_ids"].shape[0]
+            ids[row, :length] = sample["input_ids"]
+            mask[row, :length] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
+        """Return one `Classification` a sample."""
+        return classify(outputs["logits"], self.labels, all_scores=all_scores)
+
+
+def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
+    """Return a `tokenizers.Tokenizer` that truncates to `max_length` and does not pad.
+
+    Args:
+        data: the bytes of tokenizer.json.
+        max_length: longest sequence, in tokens.
+        where: what is being read, for messages.
+
+    Raises:
+        MissingExtraError: the package tokenizers is not installed.
+        IntegrityError: the bytes are no tokenizer.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtraError("tokenizers", "text") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise IntegrityError(f"{where}: is no tokenizer: {error}") from error
+    tokenizer.enable_truncation(max_length)
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,98 @@
+"""What the exported graphs of all classification tasks share: logits beside features."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MICROSOFT_ATTENTION = "edgetune_export"
+
+
+class SplitClassifier(nn.Module):
+    """A copy of a classifier that returns its logits and what its last layer was given.
+
+    The last layer moves out and an identity takes its place, so that the network's own
+    output is the features, shape (batch, features). Where that isn't a matrix (a
+    convolution as the last layer), features are left out.
+    """
+
+    def __init__(self, network: nn.Module, output: str) -> None:
+        """Copy `network` and take its last layer, named `output`, out of the copy."""
+        super().__init__()
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.output: nn.Module | None = None
+        last = self.network.get_submodule(output)
+        if isinstance(last, nn.Linear):
+            self.output = last
+            self.network.set_submodule(output, nn.Identity())
+        use_attention_operator(self.network)
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return (logits, features), or (logits,)."""
+        features = logits_of(self.network(**inputs))
+        if self.output is None:
+            return (features,)
+        return self.output(features), features
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a network's output: a tensor, or an object that has them."""
+    logits = output if isinstance(output, Tensor) else output.logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def use_attention_operator(network: nn.Module) -> None:
+    """Make a transformers network export its attention as one MultiHeadAttention node.
+
+    transformers lets a function stand in for attention; ours writes onnxruntime's
+    com.microsoft.MultiHeadAttention straight into the graph, with the padding mask as it is.
+    So every encoder family is fused alike, no pattern has to be found afterwards, and the
+    mask's dozen of nodes never come into being. Such a network can only be exported.
+    """
+    if not hasattr(network, "set_attn_implementation"):
+        return
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(MICROSOFT_ATTENTION, _attention)
+    AttentionMaskInterface.register(MICROSOFT_ATTENTION, _padding_mask)
+    network.set_attn_implementation(MICROSOFT_ATTENTION)
+
+
+def _padding_mask(
+    *_: Any, attention_mask: Tensor | None = None, **__: Any
+) -> Tensor | None:
+    """Pass the (batch, tokens) mask on as it came, instead of a (batch, 1, tokens, tokens) one."""
+    return attention_mask
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Stand in for attention; query, key, value: (batch, heads, tokens, head size)."""
+    if getattr(module, "is_causal", False):
+        raise NotImplementedError("causal attention has no export yet")
+    batch, heads, tokens, size = query.shape
+
+    def flat(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(batch, -1, heads * size)
+
+    mask = None if attention_mask is None else attention_mask.to(torch.int32)
+    q = flat(query)
+    mixed = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (q, flat(key), flat(value), None, mask),
+        attrs={"num_heads": heads, "scale": scaling if scaling is not None else size**-0.5},
+        dtype=q.dtype,
+        shape=q.shape,
+        version=1,
+    )
+    return mixed.view(batch, tokens, heads, size), None

@@ -1,0 +1,8 @@
+"""Fine-tuning: one loop, a run folder, exact resume."""
+
+from edgetune.train.loop import Event, resume, train
+from edgetune.train.run import Run, RunRecord, open_run, read_run, run_dataset
+
+__all__ = [
+    "Event", "Run", "RunRecord", "open_run", "read_run", "resume", "run_dataset", "train",
+]  # fmt: skip
