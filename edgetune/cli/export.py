@@ -1,11 +1,14 @@
 """`edgetune export`: a run becomes a bundle for a device."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetune.cli.output import echo_json, echo_table
-from edgetune.export.bundle import ExportResult
+
+if TYPE_CHECKING:
+    from edgetune.export import ExportResult
 
 
 @click.command()
@@ -63,11 +66,11 @@ def command(
             }
         )  # fmt: skip
         return
-    echo_table(COMPARISON, rows)
+    echo_comparison(result)
     if result.drop is not None:
         drop = result.drop
         click.echo(
-            f"int8 against fp32: {100 * drop.drop.value:+.2f} points lost (95 % interval"
+            f"int8 against fp32 on the validation split: {100 * drop.drop.value:+.2f} points lost (95 % interval"
             f" {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}), same answer on"
             f" {100 * drop.agreement:.1f} % of {drop.samples} samples"
         )
@@ -76,6 +79,13 @@ def command(
     if result.profile != "host":
         click.echo(f"latency is this machine's, not {result.profile}'s")
     click.echo(f"bundle: {result.bundle}")
+
+
+def echo_comparison(result: "ExportResult") -> None:
+    """Print torch and the graphs side by side."""
+    shown = result.torch.split
+    click.echo(f"on {len(shown.labels)} {shown.name} samples:")
+    echo_table(COMPARISON, comparison_rows(result))
 
 
 COMPARISON = ("model", "accuracy", "95 % interval", "size MiB", "latency p50 ms")

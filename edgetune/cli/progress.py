@@ -147,3 +147,19 @@ class StageLines:
             seconds = time.monotonic() - self._start
             self._console.print(f"{self._text} ({seconds:.1f} s)", markup=False, soft_wrap=True)
             self._text = ""
+
+
+@contextmanager
+def counter(text: str) -> Iterator[Any]:
+    """Give a callback for (done, all) that draws a bar on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(text, total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        yield show
