@@ -58,8 +58,10 @@ class TrainConfig:
     input_column: str = _key("", "column with the text or image path (default: text or image)")
     label_column: str = _key("label", "column with the label")
     val_fraction: float = _key(
-        0.15, "share of the training data held out where no validation data is named",
-        above=0.0, high=0.9,
+        0.15,
+        "share of the training data held out where no validation data is named",
+        above=0.0,
+        high=0.9,
     )
     min_per_class: int = _key(2, "fewest training samples a class may have", low=1)
     allow: tuple[str, ...] = _key((), "data problems to accept, by kind (see: edgetune data check)")

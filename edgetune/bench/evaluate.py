@@ -41,7 +41,7 @@ class Answers:
     @property
     def predicted(self) -> IntArray:
         """The most probable label of each sample."""
-        return self.probabilities.argmax(axis=1).astype(np.int64)
+        return cast("IntArray", self.probabilities.argmax(axis=1))
 
     def report(self) -> ClassificationReport:
         """Return every metric with its bootstrap interval."""
@@ -129,8 +129,11 @@ def answer_bundle(model: EdgeModel, split: Split, progress: Progress | None = No
     truth = _truth(split, model.labels)
     rows: list[list[float]] = []
     for start in range(0, len(split.inputs), CHUNK):
-        for result in model.predict(list(split.inputs[start : start + CHUNK]), all_scores=True):
-            rows.append([result.scores[label] for label in model.labels])
+        chunk = list(split.inputs[start : start + CHUNK])
+        rows += [
+            [result.scores[label] for label in model.labels]
+            for result in model.predict(chunk, all_scores=True)
+        ]
         if progress:
             progress(len(rows), len(split.inputs))
     return Answers(
@@ -164,9 +167,7 @@ def answer_run(
             probabilities[chosen] = logits.softmax(-1).cpu().numpy()
             if progress:
                 progress(start + len(chosen), len(samples))
-    return Answers(
-        split=split, labels=tuple(labels), probabilities=probabilities, truth=truth
-    )
+    return Answers(split=split, labels=tuple(labels), probabilities=probabilities, truth=truth)
 
 
 def _run_split(run: "Run", split: str, data: str, input_column: str, label_column: str) -> Split:
@@ -192,7 +193,9 @@ def _truth(split: Split, labels: Sequence[str]) -> IntArray:
         raise DataError(f"{split.name}: holds no samples")
     for label, where in zip(split.labels, split.where, strict=True):
         if label not in index:
-            raise DataError(f"{where}: label {label!r} is none of the model's{nearest(label, index)}")
+            raise DataError(
+                f"{where}: label {label!r} is none of the model's{nearest(label, index)}"
+            )
     return cast("IntArray", np.array([index[label] for label in split.labels], np.int64))
 
 

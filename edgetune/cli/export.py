@@ -44,7 +44,8 @@ def command(
 
     with stage_lines() as say:
         result = export(
-            run, profile=profile, output=output, precision="int8" if precision == "int8" else "fp32",
+            run, profile=profile, output=output,
+            precision="fp32" if precision == "fp32" else "int8",
             max_drop=max_drop, name=name, release=release, on_stage=say,
         )  # fmt: skip
     rows = comparison_rows(result)
@@ -70,8 +71,8 @@ def command(
     if result.drop is not None:
         drop = result.drop
         click.echo(
-            f"int8 against fp32 on the validation split: {100 * drop.drop.value:+.2f} points lost (95 % interval"
-            f" {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}), same answer on"
+            f"int8 against fp32 on the validation split: {100 * drop.drop.value:+.2f} points lost"
+            f" (95 % interval {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}), same answer on"
             f" {100 * drop.agreement:.1f} % of {drop.samples} samples"
         )
     for note in result.notes:

@@ -25,7 +25,9 @@ def config_options(function: F) -> F:
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v not in (None, ())}
+    return {
+        k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v not in (None, ())
+    }
 
 
 def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:

@@ -135,7 +135,7 @@ _CONFIGS = {"text-classification": _text, "image-classification": _digits}
 
 
 def _write_digits(folder: Path) -> list[str]:
-    """Write scikit-learn's digits (8 x 8 pixels, enlarged four times) as PNG: four fifths train, one test."""
+    """Write scikit-learn's digits, 8 x 8 pixels enlarged four times, as PNG; a fifth is test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

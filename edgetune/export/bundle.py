@@ -333,9 +333,7 @@ def gate(reference: Answers, candidate: Answers, max_drop: float) -> PairedDrop:
     Raises:
         GateError: its accuracy is lower by more than `max_drop`.
     """
-    drop = paired_drop(
-        reference.truth, reference.predicted, candidate.predicted, reference.labels
-    )
+    drop = paired_drop(reference.truth, reference.predicted, candidate.predicted, reference.labels)
     if drop.drop.value > max_drop:
         raise GateError(
             f"int8 loses {100 * drop.drop.value:.2f} points of accuracy against fp32"
@@ -401,6 +399,3 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _silent(text: str) -> None:
     """Say nothing."""
-
-
-

@@ -169,7 +169,7 @@ def _set_external(tensor: TensorProto, offset: int, length: int) -> None:
 
 def _clear_typed_data(tensor: TensorProto) -> None:
     for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-        tensor.ClearField(field)  # type: ignore[arg-type]
+        tensor.ClearField(field)
 
 
 @contextlib.contextmanager

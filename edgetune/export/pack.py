@@ -1,5 +1,6 @@
 """Write a bundle's files and its manifest."""
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Mapping, Sequence
@@ -84,8 +85,6 @@ def write_draft(
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json with the size and hash of every other file there; return it whole."""
-    import dataclasses
-
     entries = {
         path.name: FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
         for path in sorted(folder.iterdir())
@@ -96,9 +95,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def write_goldens(folder: Path, samples: Sequence[Any], logits: np.ndarray) -> None:  # type: ignore[type-arg]
+def write_goldens(folder: Path, samples: Sequence[Any], logits: np.ndarray) -> None:
     """Write goldens.npz: raw samples (str or uint8 pixels) and the logits expected of them."""
-    arrays = {f"input_{i}": np.array(sample) for i, sample in enumerate(samples)}
+    arrays: dict[str, Any] = {f"input_{i}": np.array(sample) for i, sample in enumerate(samples)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, logits=logits.astype(np.float32), **arrays)
     (folder / GOLDENS_NAME).write_bytes(buffer.getvalue())

@@ -39,7 +39,9 @@ class Loaded:
     max_tokens: int = 0
 
 
-def load_model(model: str, *, kind: Kind, labels: Sequence[str], weights: str = "default") -> Loaded:
+def load_model(
+    model: str, *, kind: Kind, labels: Sequence[str], weights: str = "default"
+) -> Loaded:
     """Load `model` with a fresh head for `labels`.
 
     Args:
@@ -170,7 +172,7 @@ def _replace_output(network: nn.Module, family: Family, classes: int) -> None:
     elif isinstance(old, nn.Conv2d):
         new = nn.Conv2d(old.in_channels, classes, kernel_size=1)
         if hasattr(network, "num_classes"):
-            network.num_classes = classes
+            network.num_classes = classes  # type: ignore[assignment]
     else:
         raise ConfigError(f"family {family.name}: output {family.output} is no linear layer")
     network.set_submodule(family.output, new)
@@ -180,8 +182,10 @@ def _from_image_processor(model: str) -> Preprocessing:
     """Read a transformers preprocessor_config.json as our own record."""
     from transformers import AutoImageProcessor
 
+    processor: Any = AutoImageProcessor
+
     with _hub_errors(model):
-        settings: dict[str, Any] = AutoImageProcessor.from_pretrained(model).to_dict()
+        settings: dict[str, Any] = processor.from_pretrained(model).to_dict()
     size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
     center = bool(settings.get("do_center_crop")) and bool(crop)
     if "shortest_edge" in size:
@@ -226,7 +230,9 @@ def _hub_errors(model: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence the report on the head that we replace on purpose, and the loading bar."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
 
     level = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()

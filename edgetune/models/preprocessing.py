@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from edgetune.errors import ConfigError
+
+# an edge's length: a number when run, a symbol when exported
+Size = int | SymInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +64,17 @@ class Preprocessing:
 class Preprocess(nn.Module):
     """uint8 (batch, height, width, 3) -> float32 (batch, 3, input_size, input_size)."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, spec: Preprocessing) -> None:
         """Keep the spec; mean and std become buffers in units of 0..255."""
         super().__init__()
         self.spec = spec
         self.register_buffer("mean", torch.tensor(spec.mean).mul(255).view(-1, 1, 1), False)
-        self.register_buffer("scale", torch.tensor(spec.std).mul(255).reciprocal().view(-1, 1, 1), False)
+        self.register_buffer(
+            "scale", torch.tensor(spec.std).mul(255).reciprocal().view(-1, 1, 1), False
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Resize, crop and normalise."""
@@ -74,7 +82,10 @@ class Preprocess(nn.Module):
         side = self.spec.input_size
         if self.spec.crop_mode == "center":
             short = torch.sym_min(height, width)
-            resized = (height * self.spec.resize_size // short, width * self.spec.resize_size // short)
+            resized = (
+                height * self.spec.resize_size // short,
+                width * self.spec.resize_size // short,
+            )
         else:
             resized = (side, side)
         rows, row_weights = self._window(height, resized[0], image.device)
@@ -88,7 +99,7 @@ class Preprocess(nn.Module):
         x = x.reshape(batch, side, channels, side).permute(0, 2, 3, 1)  # (B, C, S rows, S columns)
         return (x - self.mean) * self.scale
 
-    def _window(self, size: int, resized: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _window(self, size: Size, resized: Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return which source lines each kept line reads, and their weights.
 
         Args:

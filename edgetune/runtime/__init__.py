@@ -1,7 +1,7 @@
 """The half of edgetune that runs on a device: standard library, numpy and onnxruntime only.
 
-    from edgetune.runtime import EdgeModel
-    EdgeModel.load("bundle").predict("turn the lights on")
+from edgetune.runtime import EdgeModel
+EdgeModel.load("bundle").predict("turn the lights on")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -12,7 +12,7 @@ from edgetune.runtime.manifest import Compatibility, SessionSettings
 # variable is read at import; disable_telemetry_events() afterwards does not stop it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import onnxruntime  # noqa: E402
+import onnxruntime
 
 _LEVELS = {
     "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -42,7 +42,7 @@ def from_mapping(
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of keys, got {_describe(mapping)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
             raise error(f"{where}: unknown key {key!r}{nearest(key, fields, aliases)}")
@@ -78,7 +78,7 @@ def nearest(
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -92,9 +92,7 @@ def task_kind(name: str) -> Kind:
     return TASKS[name][0]
 
 
-def open_task(
-    name: str, loaded: "Loaded", labels: Sequence[str], config: TrainConfig
-) -> TaskModel:
+def open_task(name: str, loaded: "Loaded", labels: Sequence[str], config: TrainConfig) -> TaskModel:
     """Return the cloud half of task `name` around a loaded network.
 
     Raises:

@@ -21,7 +21,7 @@ class SplitClassifier(nn.Module):
         """Copy `network` and take its last layer, named `output`, out of the copy."""
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.output: nn.Module | None = None
+        self.output: nn.Linear | None = None
         last = self.network.get_submodule(output)
         if isinstance(last, nn.Linear):
             self.output = last
@@ -33,7 +33,7 @@ class SplitClassifier(nn.Module):
         features = logits_of(self.network(**inputs))
         if self.output is None:
             return (features,)
-        return self.output(features), features
+        return logits_of(self.output(features)), features
 
 
 def logits_of(output: Any) -> Tensor:
@@ -61,9 +61,7 @@ def use_attention_operator(network: nn.Module) -> None:
     network.set_attn_implementation(MICROSOFT_ATTENTION)
 
 
-def _padding_mask(
-    *_: Any, attention_mask: Tensor | None = None, **__: Any
-) -> Tensor | None:
+def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
     """Pass the (batch, tokens) mask on as it came, instead of a (batch, 1, tokens, tokens) one."""
     return attention_mask
 

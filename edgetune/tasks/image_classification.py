@@ -110,9 +110,7 @@ class ImageClassification:
     def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return logits, shape (batch, labels)."""
         pixels = batch["pixels"]
-        return logits_of(
-            network(**{self._keyword: pixels}) if self._keyword else network(pixels)
-        )
+        return logits_of(network(**{self._keyword: pixels}) if self._keyword else network(pixels))
 
     def graph(self, family_output: str) -> GraphSpec:
         """Return uint8 pixels of any size -> logits and features."""

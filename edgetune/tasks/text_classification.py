@@ -43,9 +43,7 @@ class TextClassification:
         self.max_length = min(config.max_length, loaded.max_tokens)
         self._pad_id = loaded.pad_id
         self._tokenizer_json = loaded.tokenizer_json
-        self._tokenizer = open_tokenizer(
-            loaded.tokenizer_json, self.max_length, where=config.model
-        )
+        self._tokenizer = open_tokenizer(loaded.tokenizer_json, self.max_length, where=config.model)
 
     def samples(self, split: Split, *, training: bool) -> TokenSamples:  # noqa: ARG002
         """Tokenize a split; there is no augmentation."""

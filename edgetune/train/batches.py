@@ -51,15 +51,13 @@ class EpochBatches:
         for batch in self._batches()[self.start :]:
             yield [(self.epoch, int(i)) for i in batch]
 
-    def _batches(self) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def _batches(self) -> list[np.ndarray]:
         rng = np.random.default_rng((self._seed, self.epoch))
         order = rng.permutation(self._samples) if self._shuffle else np.arange(self._samples)
         if self._lengths is not None:
             window = self.batch_size * (WINDOW if self._shuffle else len(order))
             pieces = [order[i : i + window] for i in range(0, len(order), window)]
-            order = np.concatenate(
-                [p[np.argsort(self._lengths[p], kind="stable")] for p in pieces]
-            )
+            order = np.concatenate([p[np.argsort(self._lengths[p], kind="stable")] for p in pieces])
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         if self._shuffle and self._lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]

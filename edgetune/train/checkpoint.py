@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, the newest whole one read.
 
-    checkpoints/step-00000120/
-        weights.safetensors     what training changes (parameters and buffers)
-        optimizer.safetensors   optimizer state, one tensor a parameter and kind; random state
-        state.json              where the run is; SHA-256 of the two files
+checkpoints/step-00000120/
+    weights.safetensors     what training changes (parameters and buffers)
+    optimizer.safetensors   optimizer state, one tensor a parameter and kind; random state
+    state.json              where the run is; SHA-256 of the two files
 """
 
 import json

@@ -141,7 +141,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
 
     A run can then be resumed, measured and exported from any folder.
     """
-    local = {
+    local: dict[str, Any] = {
         key: str(Path(value).expanduser().absolute())
         for key in ("data", "val", "test", "model", "weights", "output")
         if (value := getattr(config, key))
@@ -195,10 +195,10 @@ class _Loop:
             shuffle=False,
         )  # fmt: skip
         workers = config.workers if config.workers is not None else _default_workers()
-        loaders = [
+        loaders: list[Any] = [
             DataLoader(
                 samples[name],  # type: ignore[arg-type]
-                batch_sampler=sampler,  # type: ignore[arg-type]
+                batch_sampler=sampler,
                 collate_fn=task.collate,
                 num_workers=workers,
                 persistent_workers=workers > 0,
@@ -208,8 +208,8 @@ class _Loop:
         ]
         optimizer = make_optimizer(task.network, config)
         self.peak_lr = [group["lr"] for group in optimizer.param_groups]
-        self.network, self.optimizer, self.train_loader, self.val_loader = (
-            self.accelerator.prepare(task.network, optimizer, *loaders)
+        self.network, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
+            task.network, optimizer, *loaders
         )
         self.steps_per_epoch = -(-len(self.train_loader) // config.grad_accumulation)
         self.steps = config.epochs * self.steps_per_epoch
@@ -426,9 +426,7 @@ class _Loop:
             )
         )
 
-    def _show(
-        self, step: int, batch: int, batches: int, loss_sum: Tensor, count: int
-    ) -> None:
+    def _show(self, step: int, batch: int, batches: int, loss_sum: Tensor, count: int) -> None:
         """Report progress a few times a second; only then is the loss fetched."""
         now = time.monotonic()
         if now - self.shown_at < EVENT_SECONDS:

@@ -38,11 +38,11 @@ def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _adamw(groups: Iterable[dict[str, object]], config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=learning_rate(config), fused=True)  # type: ignore[arg-type]
+    return torch.optim.AdamW(groups, lr=learning_rate(config), fused=True)
 
 
 def _sgd(groups: Iterable[dict[str, object]], config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=learning_rate(config), momentum=config.momentum)  # type: ignore[arg-type]
+    return torch.optim.SGD(groups, lr=learning_rate(config), momentum=config.momentum)
 
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}

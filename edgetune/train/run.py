@@ -1,13 +1,13 @@
 """A run's folder: what training writes, and what evaluation and export read.
 
-    config.toml          the resolved config
-    run.json             this module's RunRecord
-    data.json            what the data check found
-    tokenizer.json       text only
-    metrics.jsonl        one line an epoch
-    curves.png
-    best.safetensors     the trained tensors of the best epoch
-    checkpoints/         to resume from
+config.toml          the resolved config
+run.json             this module's RunRecord
+data.json            what the data check found
+tokenizer.json       text only
+metrics.jsonl        one line an epoch
+curves.png
+best.safetensors     the trained tensors of the best epoch
+checkpoints/         to resume from
 """
 
 import dataclasses
@@ -182,6 +182,7 @@ def _read_best(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / BEST_NAME)
+        state: dict[str, torch.Tensor] = load_file(folder / BEST_NAME)
     except Exception as error:  # safetensors raises its own
         raise IntegrityError(f"{folder / BEST_NAME}: is damaged: {error}") from error
+    return state

@@ -35,7 +35,8 @@ class ImageClassification:
 
     def group(self, encoded: dict[str, Any]) -> Hashable:
         """Batch images of one size."""
-        return encoded["image"].shape
+        height, width, _ = encoded["image"].shape
+        return (height, width)
 
     def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return pixels of shape (batch, height, width, 3)."""

@@ -51,7 +51,7 @@ class TextClassification:
 
     def group(self, encoded: dict[str, Any]) -> Hashable:
         """Batch texts of like length, so that little is spent on padding."""
-        return -(-encoded["input_ids"].shape[0] // 16)
+        return -(-len(encoded["input_ids"]) // 16)
 
     def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Pad to the longest: int64, shape (batch, tokens)."""
