@@ -72,8 +72,8 @@ def command(
         drop = result.drop
         click.echo(
             f"int8 against fp32 on the validation split: {100 * drop.drop.value:+.2f} points lost"
-            f" (95 % interval {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}), same answer on"
-            f" {100 * drop.agreement:.1f} % of {drop.samples} samples"
+            f" (95 % interval {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}),"
+            f" same answer on {100 * drop.agreement:.1f} % of {drop.samples} samples"
         )
     for note in result.notes:
         click.echo(f"note: {note}")

@@ -13,7 +13,7 @@ from edgetune.errors import ConfigError
 from edgetune.models.families import Family, blocks, present
 
 # peak learning rate where none is given: what each method is usually trained with
-DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "freeze": 2e-4, "lora": 1e-3}
+DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "freeze": 5e-4, "lora": 1e-3}
 
 
 def adapt(network: nn.Module, family: Family, config: TrainConfig) -> None:

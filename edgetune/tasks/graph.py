@@ -21,10 +21,9 @@ class SplitClassifier(nn.Module):
         """Copy `network` and take its last layer, named `output`, out of the copy."""
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.output: nn.Linear | None = None
         last = self.network.get_submodule(output)
-        if isinstance(last, nn.Linear):
-            self.output = last
+        self.output = last if isinstance(last, nn.Linear) else None
+        if self.output is not None:
             self.network.set_submodule(output, nn.Identity())
         use_attention_operator(self.network)
 
@@ -33,7 +32,7 @@ class SplitClassifier(nn.Module):
         features = logits_of(self.network(**inputs))
         if self.output is None:
             return (features,)
-        return logits_of(self.output(features)), features
+        return logits_of(self.output.forward(features)), features
 
 
 def logits_of(output: Any) -> Tensor:
