@@ -2,10 +2,12 @@
 
 import importlib
 import os
+import sys
 
 import click
 
 from edgetune import __version__
+from edgetune.errors import MissingExtraError
 from edgetune.runtime.cli import run_command_line
 from edgetune.runtime.records import nearest
 
@@ -20,6 +22,13 @@ COMMANDS = {
     "profiles": ("edgetune.cli.profiles:command", "List the device profiles, or show one."),
     "doctor": ("edgetune.cli.doctor:command", "Say what this machine has and what is wrong."),
 }
+
+
+# what the base install, a device's, does not bring
+CLOUD_PACKAGES = (
+    "torch", "torchvision", "transformers", "peft", "accelerate", "safetensors", "onnx",
+    "onnxscript", "pyarrow", "matplotlib", "rich", "tomli_w",
+)  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -63,7 +72,15 @@ def main() -> None:
     # libraries that report progress or advice of their own would bury ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run_command_line(cli)
+    try:
+        run_command_line(cli)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in CLOUD_PACKAGES:
+            raise
+        missing = MissingExtraError(package, "train")
+        click.echo(f"error: {missing}", err=True)
+        sys.exit(missing.exit_code)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,25 @@ def _lora(network: nn.Module, family: Family, config: TrainConfig) -> None:
         inject_adapter_in_model(settings, network)
     except ValueError as error:
         raise ConfigError(f"lora_targets: {str(error).splitlines()[0]}") from error
+    _keep_geometry(network)
+
+
+def _keep_geometry(network: nn.Module) -> None:
+    """Let an adapted convolution still say its stride and kernel.
+
+    transformers' MobileNets read them off the layer to pad as TensorFlow does; peft's wrapper
+    does not pass them on.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            wrapped: Any = module
+            base = wrapped.get_base_layer()
+            if isinstance(base, nn.Conv2d):
+                for name in ("stride", "kernel_size", "padding", "dilation", "groups"):
+                    if not hasattr(wrapped, name):
+                        setattr(wrapped, name, getattr(base, name))
 
 
 _METHODS: dict[str, Callable[[nn.Module, Family, TrainConfig], None]] = {

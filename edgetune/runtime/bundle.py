@@ -96,7 +96,10 @@ def _check_size(bundle: Bundle, name: str) -> None:
 
 def _check_hash(bundle: Bundle, name: str) -> None:
     path, entry = bundle.folder / name, bundle.manifest.files[name]
-    found = file_sha256(path)
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read: {error.strerror or error}") from error
     if found != entry.sha256:
         raise IntegrityError(
             f"{path}: expected SHA-256 {entry.sha256[:12]}..., got {found[:12]}...;"

@@ -1,6 +1,7 @@
 """The `edgetune-rt` command: what a device needs, and nothing of the cloud side."""
 
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import click
 
-from edgetune.errors import EdgetuneError
+from edgetune import __version__
+from edgetune.errors import DataError, EdgetuneError, ResourceError
 from edgetune.runtime.bundle import open_bundle, verify_files
 from edgetune.runtime.records import to_mapping
 
@@ -19,7 +21,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="edgetune", prog_name="edgetune-rt")
+@click.version_option(__version__, prog_name="edgetune-rt")
 def cli() -> None:
     """Run edgetune bundles on a device."""
 
@@ -113,31 +115,26 @@ def serve_stdin(bundle: Path, all_scores: bool) -> None:
     """Answer each line of standard input with one line of JSON, until it ends.
 
     A line is a text, or the path of an image; or a JSON object {"id": ..., "input": ...},
-    whose id comes back. A sample that can't be answered gives {"error": ...} and the next
-    line is read.
+    whose id comes back; a blank one is skipped. A sample that can't be answered gives
+    {"error": ...} and the next line is read.
     """
     from edgetune.runtime.model import EdgeModel
 
     model = EdgeModel.load(bundle)
-    for line in sys.stdin:
-        text = line.rstrip("\r\n")
-        if not text:
-            continue
+    for text in _lines():
         answer: dict[str, Any] = {}
         try:
             sample: Any = text
             if text.startswith("{"):
-                request = json.loads(text)
+                request = _parse_request(text)
                 if "id" in request:
                     answer["id"] = request["id"]
-                sample = request["input"]
+                sample = request.get("input")
+                if not isinstance(sample, str):
+                    raise DataError('expected a key "input" with a string')
             start = time.perf_counter()
             answer.update(_plain(model.predict(sample, all_scores=all_scores)))
             answer["milliseconds"] = round((time.perf_counter() - start) * 1e3, 3)
-        except json.JSONDecodeError as error:
-            answer["error"] = f"is no valid JSON: {error}"
-        except KeyError:
-            answer["error"] = 'expected a key "input"'
         except EdgetuneError as error:
             answer["error"] = str(error)
         click.echo(json.dumps(answer, ensure_ascii=False))
@@ -146,6 +143,9 @@ def serve_stdin(bundle: Path, all_scores: bool) -> None:
 
 def run_command_line(group: click.Group) -> None:
     """Run a command line; an edgetune error becomes one line and its exit code."""
+    # a path or label that the terminal's encoding lacks is shown escaped
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         group.main(standalone_mode=False)
     except click.ClickException as error:
@@ -157,10 +157,10 @@ def run_command_line(group: click.Group) -> None:
     except EdgetuneError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # the reader of our output went away (`| head`); nobody is left to tell
-        sys.stderr.close()
-        sys.exit(141)
+    except OSError as error:
+        # disk, device or network; where the code knew better it raised an error of its own
+        click.echo(f"error: {error}", err=True)
+        sys.exit(ResourceError.exit_code)
 
 
 def main() -> None:
@@ -171,9 +171,26 @@ def main() -> None:
 def _samples(inputs: tuple[str, ...]) -> Iterator[str]:
     for value in inputs:
         if value == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            yield from _lines()
         else:
             yield value
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank; a byte that is no UTF-8 is kept."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _parse_request(text: str) -> dict[str, Any]:
+    try:
+        request: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is no valid JSON: {error}") from error
+    return request
 
 
 def _plain(result: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ seen; it guards against accidents, not against an attacker, who needs a signatur
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgetune.runtime.records import from_mapping, to_mapping
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_DEPTH = 32
 # names are flat: no folder, no leading dot, nothing that a shell or a zip could turn against us
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -138,7 +140,13 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """Parse a manifest's bytes; see `read_manifest` for the errors."""
     try:
-        mapping = json.loads(data, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        mapping = json.loads(
+            data,
+            object_pairs_hook=_no_repeats,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        _check_text_and_depth(mapping)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: is no valid JSON: {error}") from error
     if not isinstance(mapping, dict):
@@ -158,6 +166,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
             raise IntegrityError(f"{where}: {name!r} is no name that a bundle's file may have")
         if entry.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
             raise IntegrityError(f"{where}: {name}: size or sha256 is malformed")
+    _check_values(manifest, where)
     return manifest
 
 
@@ -166,7 +175,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
     mapping = to_mapping(manifest)
     mapping.pop("digest", None)
     mapping["digest"] = _digest(mapping)
-    return (json.dumps(mapping, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(mapping, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _digest(mapping: dict[str, Any]) -> str:
@@ -174,12 +183,50 @@ def _digest(mapping: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _check_values(manifest: Manifest, where: str) -> None:
+    lowest = {
+        "release": (manifest.release, 1),
+        "session: max_batch": (manifest.session.max_batch, 1),
+        "session: intra_op_threads": (manifest.session.intra_op_threads, 1),
+        "goldens: count": (manifest.goldens.count, 0),
+        "goldens: tolerance": (manifest.goldens.tolerance, 0),
+    }
+    for key, (value, least) in lowest.items():
+        if value < least:
+            raise IntegrityError(f"{where}: {key}: expected at least {least}, got {value}")
+    if len(set(manifest.labels)) != len(manifest.labels):
+        raise IntegrityError(f"{where}: labels: one of them is there twice")
+
+
+def _check_text_and_depth(value: object) -> None:
+    """Refuse what JSON can say and a manifest can't be written with again."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError(f"{MAX_DEPTH} levels deep or more")
+    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is a ValueError
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        names = [k for k, _ in pairs]
-        raise ValueError(f"key {next(k for k in names if names.count(k) > 1)!r} is repeated")
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"key {key!r} is repeated")
+        mapping[key] = value
     return mapping
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 def _no_constant(text: str) -> float:

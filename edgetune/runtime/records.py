@@ -6,7 +6,6 @@ known, every value must have its declared type, and nothing is converted silentl
 """
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
@@ -45,7 +44,7 @@ def from_mapping(
     hints = _hints(cls)  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise error(f"{where}: unknown key {key!r}{nearest(key, fields, aliases)}")
+            raise error(f"{where}: unknown key {_cut(repr(key))}{nearest(key, fields, aliases)}")
     values: dict[str, object] = {}
     for name, field in fields.items():
         if name in mapping:
@@ -68,6 +67,8 @@ def nearest(
     word: str, known: typing.Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `word`, or the list of names."""
+    import difflib  # only an error needs it; a device starts without
+
     names = sorted(known)
     if aliases and word in aliases:
         return f"; did you mean {aliases[word]!r}?"
@@ -93,6 +94,8 @@ def _plain(value: object) -> Any:
 
 
 def _convert(hint: Any, value: object, where: str, error: type[EdgetuneError]) -> object:
+    if hint is Any:
+        return value
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -106,9 +109,9 @@ def _convert(hint: Any, value: object, where: str, error: type[EdgetuneError]) -
         return _convert(options[-1], value, where, error)
     if origin is Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
-            hint_text = nearest(value, args) if isinstance(value, str) else ""
+            hint_text = _short(nearest(value, args)) if isinstance(value, str) else ""
             listed = ", ".join(map(repr, args))
-            raise error(f"{where}: expected one of {listed}, got {value!r}{_short(hint_text)}")
+            raise error(f"{where}: expected one of {listed}, got {_cut(repr(value))}{hint_text}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -121,11 +124,14 @@ def _convert(hint: Any, value: object, where: str, error: type[EdgetuneError]) -
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where=where, error=error)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise error(f"{where}: {_cut(repr(value))} is too large") from None
     if hint is bool or isinstance(value, bool):
         correct = hint is bool and isinstance(value, bool)
     else:
-        correct = hint is Any or isinstance(value, hint)
+        correct = isinstance(value, hint)
     if not correct:
         raise error(f"{where}: expected {_TYPE_NAMES.get(hint, str(hint))}, got {_describe(value)}")
     return value
@@ -144,4 +150,8 @@ def _short(text: str) -> str:
 
 
 def _describe(value: object) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    return f"{_cut(repr(value))} ({type(value).__name__})"
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

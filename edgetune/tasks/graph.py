@@ -32,7 +32,7 @@ class SplitClassifier(nn.Module):
         features = logits_of(self.network(**inputs))
         if self.output is None:
             return (features,)
-        return logits_of(self.output.forward(features)), features
+        return self.output(features), features
 
 
 def logits_of(output: Any) -> Tensor:
@@ -50,6 +50,7 @@ def use_attention_operator(network: nn.Module) -> None:
     So every encoder family is fused alike, no pattern has to be found afterwards, and the
     mask's dozen of nodes never come into being. Such a network can only be exported.
     """
+    transformers_network: Any = network
     if not hasattr(network, "set_attn_implementation"):
         return
     from transformers import AttentionInterface
@@ -57,7 +58,7 @@ def use_attention_operator(network: nn.Module) -> None:
 
     AttentionInterface.register(MICROSOFT_ATTENTION, _attention)
     AttentionMaskInterface.register(MICROSOFT_ATTENTION, _padding_mask)
-    network.set_attn_implementation(MICROSOFT_ATTENTION)
+    transformers_network.set_attn_implementation(MICROSOFT_ATTENTION)
 
 
 def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:

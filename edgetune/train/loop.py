@@ -203,6 +203,8 @@ class _Loop:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=self.accelerator.device.type == "cuda",
+                # each pass draws a seed; from the global generator it would shift dropout
+                generator=torch.Generator(),
             )
             for name, sampler in (("train", self.batches), ("val", in_order))
         ]

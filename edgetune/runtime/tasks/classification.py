@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.errors import IntegrityError
+
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -28,7 +30,18 @@ def softmax(logits: FloatArray) -> FloatArray:
 def classify(
     logits: FloatArray, labels: Sequence[str], *, all_scores: bool
 ) -> list[Classification]:
-    """Turn logits, shape (batch, labels), into one `Classification` a row."""
+    """Turn logits, shape (batch, labels), into one `Classification` a row.
+
+    Raises:
+        IntegrityError: the graph does not give one number, and a finite one, for each label.
+    """
+    if logits.ndim != 2 or logits.shape[1] != len(labels):
+        raise IntegrityError(
+            f"expected the graph to give a logit for each of {len(labels)} labels, got an array"
+            f" of shape {logits.shape}"
+        )
+    if not np.isfinite(logits).all():
+        raise IntegrityError("the graph gave a logit that is infinite or no number")
     probabilities = softmax(logits)
     results = []
     for row in probabilities:

@@ -16,6 +16,8 @@ from edgetune.runtime.bundle import Bundle
 from edgetune.runtime.tasks.classification import Classification, classify
 
 Pixels = npt.NDArray[np.uint8]
+# Pillow would start Ghostscript to draw these
+PROGRAMS = ("EPS",)
 
 
 class ImageClassification:
@@ -67,19 +69,22 @@ def decode_image(source: Any) -> Pixels:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise MissingExtraError("pillow", "image") from error
-    if isinstance(source, Image.Image):
-        return np.array(_to_rgb(ImageOps.exif_transpose(source)))
+    name, opened = type(source).__name__, source
     if isinstance(source, bytes | bytearray | memoryview):
         name, opened = f"{len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, str | Path):
-        name, opened = str(source), Path(source)  # type: ignore[assignment]
-    else:
+        name, opened = str(source), Path(source)
+    elif not isinstance(source, Image.Image):
         raise DataError(
             "expected a path, bytes, a PIL image or a uint8 array, got"
             f" {type(source).__module__}.{type(source).__name__}"
         )
     try:
+        if isinstance(opened, Image.Image):  # the caller's: not ours to close
+            return np.array(_to_rgb(ImageOps.exif_transpose(opened)))
         with Image.open(opened) as image:
+            if image.format in PROGRAMS:
+                raise DataError(f"{name}: is {image.format}, a program and no picture")
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file") from error
@@ -94,6 +99,8 @@ def _to_rgb(image: Any) -> Any:
         values = np.asarray(image).astype(np.int64)
         grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; expected 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

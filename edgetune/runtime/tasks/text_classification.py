@@ -11,6 +11,8 @@ from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle
 from edgetune.runtime.records import from_mapping
 from edgetune.runtime.tasks.classification import Classification, classify
 
+MAX_TOKENS = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -29,6 +31,8 @@ class TextClassification:
         self.options = from_mapping(
             TextOptions, bundle.manifest.options, where="manifest: options", error=IntegrityError
         )
+        if not 1 <= self.options.max_length <= MAX_TOKENS or not 0 <= self.options.pad_id < 2**31:
+            raise IntegrityError(f"manifest: options: out of bounds: {self.options}")
         path = bundle.path(TOKENIZER_NAME)
         self._tokenizer = open_tokenizer(
             path.read_bytes(), self.options.max_length, where=str(path)
@@ -42,10 +46,14 @@ class TextClassification:
         """Return token ids and mask, int64, shape (tokens,).
 
         Raises:
-            DataError: `sample` is no string.
+            DataError: `sample` is no string, or one that is no Unicode text.
         """
         if not isinstance(sample, str):
             raise DataError(f"expected a string, got {type(sample).__name__}")
+        try:
+            sample.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{sample!r:.80}: is no Unicode text: {error.reason}") from error
         ids = np.array(self._tokenizer.encode(sample).ids, np.int64)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
@@ -55,7 +63,8 @@ class TextClassification:
 
     def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Pad to the longest: int64, shape (batch, tokens)."""
-        width = max(e["input_ids"].shape[0] for e in encoded)
+        # a tokenizer may give no token at all for ""; an axis of length 0 breaks graphs
+        width = max(1, *(e["input_ids"].shape[0] for e in encoded))
         ids = np.full((len(encoded), width), self.options.pad_id, np.int64)
         mask = np.zeros((len(encoded), width), np.int64)
         for row, sample in enumerate(encoded):

@@ -1,0 +1,146 @@
+"""Every family row fits a small random instance of its models: blocks, head, LoRA, merge."""
+
+import pytest
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from edgetune.config import TrainConfig
+from edgetune.errors import ConfigError
+from edgetune.models.adapt import adapt, merge_adapters, parameter_counts, set_train_mode
+from edgetune.models.families import blocks, families, find_family, present
+from edgetune.tasks.graph import logits_of
+
+ENCODER = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+}  # fmt: skip
+TEXT = {
+    "bert": transformers.BertConfig(vocab_size=99, **ENCODER),
+    "distilbert": transformers.DistilBertConfig(
+        vocab_size=99, dim=32, n_layers=3, n_heads=2, hidden_dim=64
+    ),
+    "roberta": transformers.RobertaConfig(vocab_size=99, **ENCODER),
+    "electra": transformers.ElectraConfig(vocab_size=99, embedding_size=16, **ENCODER),
+}
+IMAGE = {
+    "vit": transformers.ViTConfig(image_size=64, **ENCODER),
+    "mobilenet_v1": transformers.MobileNetV1Config(depth_multiplier=0.25),
+    "mobilenet_v2": transformers.MobileNetV2Config(depth_multiplier=0.35),
+    "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+}
+TORCHVISION = [
+    "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_1",
+]  # fmt: skip
+# blocks that each instance above has, counted in the papers' tables or set above
+BLOCKS = {
+    "bert": 3, "distilbert": 3, "roberta": 3, "electra": 3, "vit": 3, "mobilenet_v1": 26,
+    "mobilenet_v2": 16, "resnet": 2, "torchvision:resnet18": 8, "torchvision:mobilenet_v2": 19,
+    "torchvision:mobilenet_v3_small": 13, "torchvision:efficientnet_b0": 9,
+    "torchvision:squeezenet1_1": 13,
+}  # fmt: skip
+
+
+def instance(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    if name in TEXT:
+        model = transformers.AutoModelForSequenceClassification.from_config(TEXT[name])
+        ids = torch.randint(5, 99, (2, 8))
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name in IMAGE:
+        model = transformers.AutoModelForImageClassification.from_config(IMAGE[name])
+        return model, {"pixel_values": torch.randn(2, 3, 64, 64)}
+    model = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None)
+    return model, {"x": torch.randn(2, 3, 64, 64)}
+
+
+def row(name: str):
+    source, _, kind = name.rpartition(":")
+    return find_family(source or "transformers", kind)
+
+
+NAMES = [*TEXT, *IMAGE, *(f"torchvision:{n}" for n in TORCHVISION)]
+
+
+def test_every_family_has_an_instance_here():
+    assert {row(name).name for name in NAMES} == {f.name for f in families()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_and_head_are_found(name):
+    network, _ = instance(name)
+    family = row(name)
+    assert len(blocks(network, family)) == BLOCKS[name]
+    assert [p for p, _ in present(network, family.head)] == list(family.head)
+    assert isinstance(network.get_submodule(family.output), nn.Linear | nn.Conv2d)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_trains_and_merging_keeps_the_answer(name):
+    network, inputs = instance(name)
+    adapt(network, row(name), TrainConfig(method="lora", lora_dropout=0.0))
+    trainable = [n for n, p in network.named_parameters() if p.requires_grad]
+    assert any("lora_" in n for n in trainable)
+    network.eval()
+    # B starts at zero: a step is needed before the adapter says anything
+    for name_, parameter in network.named_parameters():
+        if "lora_B" in name_:
+            parameter.data.normal_(std=0.02)
+    before = logits_of(network(**inputs))
+    before.sum().backward()
+    assert all(p.grad is not None for n, p in network.named_parameters() if "lora_A" in n)
+    merge_adapters(network)
+    assert not any("lora" in n for n, _ in network.named_parameters())
+    scale = float(before.detach().abs().max())
+    torch.testing.assert_close(logits_of(network(**inputs)), before, rtol=0, atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_method_trains_exactly_the_head(name):
+    network, _ = instance(name)
+    family = row(name)
+    adapt(network, family, TrainConfig(method="head"))
+    expected = sum(p.numel() for _, m in present(network, family.head) for p in m.parameters())
+    assert parameter_counts(network)[0] == expected
+
+
+def test_freeze_counts_blocks_from_the_output():
+    network, _ = instance("bert")
+    adapt(network, row("bert"), TrainConfig(method="freeze", last_blocks=1))
+    trainable = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert any(n.startswith("bert.encoder.layer.2.") for n in trainable)
+    assert not any(n.startswith("bert.encoder.layer.1.") for n in trainable)
+
+
+def test_more_blocks_than_there_are_is_refused():
+    network, _ = instance("bert")
+    with pytest.raises(ConfigError, match="has 3 blocks, got 9"):
+        adapt(network, row("bert"), TrainConfig(method="freeze", last_blocks=9))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_examples():
+    network, _ = instance("bert")
+    with pytest.raises(ConfigError, match=r"'\*nope\*' matches no parameter; they are named like"):
+        adapt(network, row("bert"), TrainConfig(method="freeze", train_patterns=("*nope*",)))
+
+
+def test_a_lora_target_that_is_absent_is_refused():
+    network, _ = instance("bert")
+    with pytest.raises(ConfigError, match="lora_targets"):
+        adapt(network, row("bert"), TrainConfig(method="lora", lora_targets=("nope",)))
+
+
+def test_frozen_batchnorm_keeps_its_statistics():
+    network, inputs = instance("torchvision:resnet18")
+    adapt(network, row("torchvision:resnet18"), TrainConfig(method="freeze", last_blocks=1))
+    frozen = network.get_submodule("layer1.0.bn1").running_mean.clone()
+    trained = network.get_submodule("layer4.1.bn1").running_mean.clone()
+    set_train_mode(network)
+    network(**inputs)
+    assert torch.equal(network.get_submodule("layer1.0.bn1").running_mean, frozen)
+    assert not torch.equal(network.get_submodule("layer4.1.bn1").running_mean, trained)
+
+
+def test_an_unknown_family_lists_the_known():
+    with pytest.raises(ConfigError, match=r"'t5' is of no known family; known: bert"):
+        find_family("transformers", "t5")

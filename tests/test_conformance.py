@@ -1,0 +1,187 @@
+"""Every row of the task table goes from data to device."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgetune.bench.evaluate import answer_run, evaluate
+from edgetune.config import TrainConfig
+from edgetune.errors import ConfigError, GateError
+from edgetune.export import ExportResult, export
+from edgetune.runtime import EdgeModel
+from edgetune.runtime.bundle import file_sha256, open_bundle
+from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
+from edgetune.tasks import TASKS
+from edgetune.train import open_run, run_dataset, train
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small run of one task, exported."""
+
+    task: str
+    data: Path
+    run: Path
+    result: ExportResult
+
+
+@pytest.fixture(scope="module", params=sorted(TASKS))
+def case(request, switches, tiny_bert, colours, tmp_path_factory) -> Iterator[Case]:
+    folder = tmp_path_factory.mktemp("conformance")
+    rows = {
+        "text-classification": TrainConfig(
+            model=tiny_bert, data=str(switches), method="full", lr=5e-3, epochs=4, batch_size=8
+        ),
+        "image-classification": TrainConfig(
+            model="torchvision:resnet18", weights="none", data=str(colours),
+            method="full", lr=1e-3, epochs=4, batch_size=12, image_size=32,
+        ),
+    }  # fmt: skip
+    config = dataclasses.replace(
+        rows[request.param], task=request.param, output=str(folder / "run"), cpu=True
+    )
+    train(config)
+    # accuracy of so small a net on so few samples may fall anywhere; the gate has its own tests
+    result = export(
+        folder / "run", profile="x86-64-avx2", output=folder / "bundle", max_drop=1.0, name="case"
+    )
+    yield Case(request.param, Path(config.data), folder / "run", result)
+
+
+def test_both_halves_have_the_same_tasks():
+    assert set(TASKS) == set(DEVICE_TASKS)
+
+
+def test_the_bundle_answers_as_torch_does(case):
+    run = open_run(case.run)
+    split = run_dataset(run).splits["val"]
+    in_torch = answer_run(run.task, split, run.record.labels)
+    model = EdgeModel.load(case.result.bundle)
+    same = [
+        model.predict(value).label == in_torch.labels[predicted]
+        for value, predicted in zip(split.inputs, in_torch.predicted, strict=True)
+    ]
+    assert np.mean(same) >= 0.8
+
+
+def test_the_fp32_graph_matches_torch_including_preprocessing(case, tmp_path):
+    result = export(case.run, output=tmp_path / "fp32", precision="fp32")
+    assert result.parity < 1e-3
+    run = open_run(case.run)
+    split = run_dataset(run).splits["train"]
+    samples = run.task.samples(split, training=False)
+    model = EdgeModel.load(tmp_path / "fp32")
+    # a batch of several lengths or sizes, through the public call
+    many = model.predict(list(split.inputs[:9]), all_scores=True)
+    for index, found in enumerate(many):
+        batch = run.task.collate([samples[0, index]])
+        batch.pop("labels")
+        with torch.no_grad():
+            expected = run.task.logits(run.task.network, batch).softmax(-1)[0]
+        scores = [found.scores[label] for label in model.labels]
+        np.testing.assert_allclose(scores, expected.numpy(), atol=1e-4)
+
+
+def test_the_bundle_verifies_and_runs_from_the_shell_without_the_cloud_side(case):
+    def edgetune_rt(*arguments: str) -> str:
+        command = [sys.executable, "-m", "edgetune.runtime.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    bundle = str(case.result.bundle)
+    assert "goldens answered as expected" in edgetune_rt("verify", bundle)
+    run = open_run(case.run)
+    value = run_dataset(run).splits["val"].inputs[0]
+    answer = json.loads(edgetune_rt("run", bundle, value, "--json"))
+    assert answer["label"] in run.record.labels
+
+
+def test_int8_is_smaller_and_measured(case):
+    fp32, int8 = case.result.candidates
+    assert int8.size_bytes < fp32.size_bytes
+    manifest = open_bundle(case.result.bundle).manifest
+    assert (manifest.precision, manifest.profile) == ("int8", "x86-64-avx2")
+    accuracy = int8.answers.report().accuracy.value
+    assert manifest.evaluation.metrics["accuracy"].value == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_the_graph_keeps_to_the_stated_opset_and_names(case):
+    model = onnx.load(case.result.bundle / "model.onnx", load_external_data=False)
+    assert model.ir_version == 8
+    assert {o.domain: o.version for o in model.opset_import}[""] == 18
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert model.graph.output[0].name == "logits"
+    # nothing of this machine: no path, no exporter's notes
+    text = str(model)
+    assert "/" + "home" not in text
+    assert "stack_trace" not in text
+
+
+def test_export_is_deterministic(case, tmp_path):
+    again = export(
+        case.run, profile="x86-64-avx2", output=tmp_path / "again", max_drop=1.0, name="case"
+    )
+    for path in sorted(case.result.bundle.iterdir()):
+        assert file_sha256(path) == file_sha256(again.bundle / path.name), path.name
+
+
+def test_run_and_bundle_are_evaluated_on_any_split(case):
+    for split in ("train", "val"):
+        found = evaluate(case.run, split=split)
+        assert found.answers.split.name == split
+        assert found.report.accuracy.low <= found.report.accuracy.value
+    on_device = evaluate(case.result.bundle, data=str(case.data), split="everything")
+    assert on_device.report.samples == len(on_device.answers.split.labels)
+    with pytest.raises(ConfigError, match="a bundle holds no data"):
+        evaluate(case.result.bundle)
+    with pytest.raises(ConfigError, match="has no 'tset'"):
+        evaluate(case.run, split="tset")
+
+
+def test_a_drop_beyond_the_allowed_exits_with_the_numbers_and_writes_nothing(
+    case, tmp_path, monkeypatch
+):
+    # a quantizer that ruins the graph: the last layer's weights become zero
+    def ruin(model, *_):
+        ruined = onnx.ModelProto()
+        ruined.CopyFrom(model)
+        last = {t.name: t for t in ruined.graph.initializer}
+        for node in ruined.graph.node:
+            if "logits" in node.output:
+                for name in node.input:
+                    if name in last:
+                        zeros = np.zeros_like(onnx.numpy_helper.to_array(last[name]))
+                        last[name].CopyFrom(onnx.numpy_helper.from_array(zeros, name))
+        return ruined
+
+    from edgetune.export import quantize
+
+    monkeypatch.setattr(quantize, "QUANTIZERS", dict.fromkeys(quantize.QUANTIZERS, (ruin, 1)))
+    monkeypatch.setattr("edgetune.export.bundle.QUANTIZERS", quantize.QUANTIZERS)
+    with pytest.raises(GateError, match=r"int8 loses \d+\.\d+ points .* allowed 2\.00"):
+        export(case.run, output=tmp_path / "bundle", max_drop=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_left_alone(case, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ConfigError, match="exists already"):
+        export(case.run, output=tmp_path)
+
+
+def test_a_size_budget_that_is_not_met_is_refused(case, tmp_path):
+    profile = Path(__file__).parents[1] / "profiles" / "x86-64-avx2.toml"
+    text = profile.read_text()
+    small = tmp_path / "small.toml"
+    head, _, _ = text.partition("[budget]")
+    small.write_text(head + "[budget]\nmax_size_mib = 0.001\n")
+    with pytest.raises(GateError, match=r"profile x86-64-avx2 allows 0\.0"):
+        export(case.run, profile=str(small), output=tmp_path / "bundle", max_drop=1.0)
