@@ -15,6 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+# a shell may forbid it; then every process compiles every module again, and is timed at that
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 from edgetune.runtime.device import cpu_features, cpu_model, memory_mib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
