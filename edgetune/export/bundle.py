@@ -32,6 +32,7 @@ from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.manifest import Goldens
 from edgetune.runtime.model import EdgeModel
 from edgetune.runtime.tasks import DeviceTask
+from edgetune.tasks import task_kind
 from edgetune.tasks.metrics import PairedDrop, paired_drop
 from edgetune.train.run import Run, open_run, run_dataset
 
@@ -164,7 +165,8 @@ class _Exporter:
     def export(self, precision: Precision, max_drop: float, output: Path) -> ExportResult:
         self.say("writing the graph")
         model = export_graph(self.run.task.graph(self.run.family.output))
-        fp32_folder = self.draft(model, "fp32", max_batch=8)
+        texts = task_kind(self.run.config.task) == "text"
+        fp32_folder = self.draft(model, "fp32", max_batch=8 if texts else 1)
         self.say("comparing the graph with torch")
         parity = check_parity(self.run, EdgeModel.load(fp32_folder), self.val)
         self.say(f"measuring torch on {len(self.shown.labels)} {self.shown.name} samples")

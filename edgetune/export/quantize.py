@@ -81,10 +81,11 @@ def quantize_static(
 
 Quantize = Callable[[onnx.ModelProto, DeviceProfile, Iterable[Feeds], Path], onnx.ModelProto]
 
-# a model family's `int8` -> (function, largest batch that does not change answers)
+# a model family's `int8` -> (function, largest batch on a device). Scales taken at run time would
+# make an answer depend on its neighbours; images of any size would make memory depend on them
 QUANTIZERS: dict[str, tuple[Quantize, int]] = {
     "dynamic": (quantize_dynamic, 1),
-    "static": (quantize_static, 8),
+    "static": (quantize_static, 1),
 }
 
 
