@@ -58,7 +58,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    words = "turn switch the light lamp on off up down open close valve door please now".split(" ")
+    words = ["turn", "switch", "the", "light", "lamp", "on", "off", "up", "down", "open", "close"]
+    words += ["valve", "door", "please", "now"]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
