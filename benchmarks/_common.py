@@ -19,7 +19,7 @@ from typing import NoReturn
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-from edgetune.runtime.device import cpu_features, cpu_model, memory_mib
+from edgetune.runtime.device import cpu_features, cpu_model, memory_mib  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

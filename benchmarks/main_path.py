@@ -129,7 +129,7 @@ def image_case(data: Path, folder: Path, effort: Effort) -> TrainConfig:
         method="freeze",
         last_blocks=4,
         lr=1e-3,
-        epochs=6 if effort is FULL else 1,
+        epochs=5 if effort is FULL else 1,
         patience=0,
     )
 

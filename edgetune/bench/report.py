@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgetune.bench.curves import (
+from edgetune.config import SelectionMetric
+from edgetune.errors import DataError
+from edgetune.tasks.curves import (
     BLUE,
     INK,
     History,
@@ -28,8 +30,6 @@ from edgetune.bench.curves import (
     figure_style,
     write_whole,
 )
-from edgetune.config import SelectionMetric
-from edgetune.errors import DataError
 from edgetune.tasks.metrics import ClassificationReport, ClassScores, Interval
 
 if TYPE_CHECKING:

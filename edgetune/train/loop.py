@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgetune.bench.curves import write_curves
 from edgetune.config import TrainConfig
 from edgetune.data import Dataset, accept, check_dataset, load_dataset
 from edgetune.errors import ConfigError, DataError, ResourceError
@@ -33,6 +32,7 @@ from edgetune.models.load import load_model
 from edgetune.runtime.files import replace_atomic, write_atomic
 from edgetune.runtime.records import to_mapping
 from edgetune.tasks import TaskModel, open_task, task_kind
+from edgetune.tasks.curves import write_curves
 from edgetune.tasks.metrics import classification_report
 from edgetune.train.batches import EpochBatches
 from edgetune.train.checkpoint import Position, load_checkpoint, save_checkpoint

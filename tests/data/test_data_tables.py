@@ -8,7 +8,6 @@ import pytest
 from edgetune.data import Split, read_split
 from edgetune.errors import ConfigError, DataError
 
-
 # no clock in it: parallel test runners compare the names of tests
 CUT_SHORT = gzip.compress(b"text,label\nx,a\n" * 99, mtime=0)[:-12]
 

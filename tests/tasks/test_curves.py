@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgetune.bench.curves import best_epoch, curves_figure, write_curves, write_whole
 from edgetune.errors import DataError, MissingExtraError
+from edgetune.tasks.curves import best_epoch, curves_figure, write_curves, write_whole
 
 HISTORY = [
     {
