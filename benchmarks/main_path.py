@@ -1,6 +1,6 @@
 """The main path, timed and measured: train -> export -> eval, one image and one text case.
 
-    python benchmarks/main_path.py                  both cases, about 12 minutes on 2 quiet cores
+    python benchmarks/main_path.py                  both cases, about 15 minutes on 2 cores
     python benchmarks/main_path.py --only image
     python benchmarks/main_path.py --quick          a few samples: shows that the script works
 

@@ -1,7 +1,7 @@
 """Is edgetune's training as good as the usual tools'? Against transformers' Trainer and peft.
 
-    python benchmarks/trainer_parity.py                    three cases, three seeds, about 40 minutes
-    python benchmarks/trainer_parity.py --only commands    about 5 minutes
+    python benchmarks/trainer_parity.py                    three cases, three seeds, 40 minutes
+    python benchmarks/trainer_parity.py --only commands    one of them
     python benchmarks/trainer_parity.py --quick            one seed, a few samples: does it work
 
 The same model, the same training, validation and test rows, the same learning rate, batch size,
@@ -65,9 +65,10 @@ would add by hand: batches of like length (`group_by_length`) for texts; for the
 frozen BatchNorm left in evaluation mode and BatchNorm's momentum at PyTorch's 0.1 (transformers'
 MobileNetV2 has TensorFlow's 0.997, which in PyTorch means that the last batch decides). All keep
 the epoch with the best validation accuracy, Trainer in memory (edgetune writes it, a checkpoint
-and its curves to disk after every epoch). Not the same: edgetune's first step already learns,
-Trainer's has a learning rate of 0; Trainer's weight decay spares biases and LayerNorm, edgetune's
-every vector.
+and its curves to disk after every epoch). Left as each tool has it: edgetune's first step already
+learns, Trainer's has a learning rate of 0; Trainer's weight decay spares biases and LayerNorm,
+edgetune's every vector; edgetune batches texts of like length, sets BatchNorm right and tells
+glibc to keep freed memory.
 
 *train samples/s* is of the passes over the training data alone; *run* is all of it: reading, data
 check (edgetune), tokenizing or decoding, loading the model, training, validation, writing. Both
