@@ -19,7 +19,8 @@ from edgetune.runtime.tasks.image_classification import Pixels, decode_image
 from edgetune.tasks import GraphSpec
 from edgetune.tasks.graph import SplitClassifier, logits_of
 
-# decoded images are kept up to this much, so that later epochs need not decode again
+# decoded images, or the network's inputs where no augmentation changes them, are kept up to
+# this much, so that later epochs need not make them again
 CACHE_BYTES = 2**30
 # the share of the image's area that "standard" augmentation keeps, and its aspect ratio
 CROP_AREA = (0.4, 1.0)
@@ -45,7 +46,7 @@ class ImageSamples:
         self._preprocess = preprocess
         self._augment = augment
         self._seed = seed
-        self._cache: dict[int, Pixels] = {}
+        self._cache: dict[int, Pixels | Tensor] = {}
         self._cached_bytes = 0
 
     def __len__(self) -> int:
@@ -55,22 +56,28 @@ class ImageSamples:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return pixels, float32 (3, size, size), and label; augmented by (seed, epoch, index)."""
         epoch, index = key
-        image = self._decoded(index)
-        if self._augment != "none":
+        kept = self._cache.get(index)
+        if isinstance(kept, Tensor):
+            return {"pixels": kept, "label": self._labels[index]}
+        image = decode_image(self._paths[index]) if kept is None else kept
+        if self._augment == "none":
+            pixels = self._prepare(image)
+            self._keep(index, pixels)
+        else:
+            self._keep(index, image)
             rng = np.random.default_rng((self._seed, epoch, index))
-            image = augment(image, rng, crop=self._augment == "standard")
-        with torch.no_grad():
-            pixels = self._preprocess(torch.from_numpy(image[None]))[0]
+            pixels = self._prepare(augment(image, rng, crop=self._augment == "standard"))
         return {"pixels": pixels, "label": self._labels[index]}
 
-    def _decoded(self, index: int) -> Pixels:
-        found = self._cache.get(index)
-        if found is None:
-            found = decode_image(self._paths[index])
-            if self._cached_bytes + found.nbytes <= CACHE_BYTES:
-                self._cache[index] = found
-                self._cached_bytes += found.nbytes
-        return found
+    def _prepare(self, image: Pixels) -> Tensor:
+        with torch.no_grad():
+            pixels: Tensor = self._preprocess(torch.from_numpy(image[None]))[0]
+        return pixels
+
+    def _keep(self, index: int, value: Pixels | Tensor) -> None:
+        if index not in self._cache and self._cached_bytes + value.nbytes <= CACHE_BYTES:
+            self._cache[index] = value
+            self._cached_bytes += value.nbytes
 
 
 class ImageClassification:
