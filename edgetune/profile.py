@@ -12,7 +12,7 @@ from typing import Literal
 
 from edgetune.config import read_toml
 from edgetune.errors import ConfigError
-from edgetune.runtime.device import cpu_features, cpu_model, memory_mib
+from edgetune.runtime.device import cpu_features, cpu_model, int8_arithmetic, memory_mib
 from edgetune.runtime.records import from_mapping, nearest
 
 Int8Arithmetic = Literal["saturates", "exact"]
@@ -135,8 +135,6 @@ def host_profile() -> DeviceProfile:
     )
     if arch is None:
         raise ConfigError(f"profile 'host': expected x86-64 or ARM64, got {platform.machine()!r}")
-    features = cpu_features()
-    exact = arch == "aarch64" or bool({"avx512_vnni", "avx_vnni"} & set(features))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total, available = memory_mib()
     return DeviceProfile(
@@ -146,8 +144,8 @@ def host_profile() -> DeviceProfile:
             arch="x86_64" if arch == "x86_64" else "aarch64",
             model=cpu_model(),
             cores=cores or 1,
-            features=features,
-            int8="exact" if exact else "saturates",
+            features=cpu_features(),
+            int8=int8_arithmetic(),
         ),
         memory=Memory(total_mib=total, available_mib=available),
         runtime=RuntimeSettings(onnxruntime_min="1.17.0", intra_op_threads=cores or 1),

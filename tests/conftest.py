@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from pathlib import Path
 # tests run several at a time: more than one thread each would only wait for the others.
 # OpenMP reads this when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what tests measure is not for the user's own database
+os.environ["EDGETUNE_HOME"] = tempfile.mkdtemp(prefix="edgetune-tests-")
 
 import numpy as np
 import pytest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,19 @@ from edgetune.bench.evaluate import answer_run, evaluate
 from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError, GateError
 from edgetune.export import ExportResult, export
+from edgetune.export.rungs import RUNGS
+from edgetune.export.workshop import Built
 from edgetune.runtime import EdgeModel
 from edgetune.runtime.bundle import file_sha256, open_bundle
 from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
 from edgetune.tasks import TASKS
 from edgetune.train import open_run, run_dataset, train
+
+
+TO_INT8 = {
+    "profile": "x86-64-avx2", "precision": "int8", "max_drop": 1.0, "name": "case",
+    "allow": ("speed",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,9 @@ def case(request, switches, tiny_bert, colours, tmp_path_factory) -> Iterator[Ca
         rows[request.param], task=request.param, output=str(folder / "run"), cpu=True
     )
     train(config)
-    # accuracy of so small a net on so few samples may fall anywhere; the gate has its own tests
-    result = export(
-        folder / "run", profile="x86-64-avx2", output=folder / "bundle", max_drop=1.0, name="case"
-    )
+    # accuracy of so small a net on so few samples may fall anywhere, and it is too small to gain
+    # speed; the gate has its own tests
+    result = export(folder / "run", output=folder / "bundle", **TO_INT8)
     yield Case(request.param, Path(config.data), folder / "run", result)
 
 
@@ -126,10 +134,12 @@ def test_the_graph_keeps_to_the_stated_opset_and_names(case):
 
 
 def test_export_is_deterministic(case, tmp_path):
-    again = export(
-        case.run, profile="x86-64-avx2", output=tmp_path / "again", max_drop=1.0, name="case"
-    )
+    # nothing may come from the cache; only the timings in the card and in what hashes it differ
+    shutil.rmtree(case.run / "export-cache")
+    again = export(case.run, output=tmp_path / "again", **TO_INT8)
     for path in sorted(case.result.bundle.iterdir()):
+        if path.name in ("MODEL_CARD.md", "manifest.json"):
+            continue
         assert file_sha256(path) == file_sha256(again.bundle / path.name), path.name
 
 
@@ -146,29 +156,61 @@ def test_run_and_bundle_are_evaluated_on_any_split(case):
         evaluate(case.run, split="tset")
 
 
-def test_a_drop_beyond_the_allowed_exits_with_the_numbers_and_writes_nothing(
-    case, tmp_path, monkeypatch
-):
-    # a quantizer that ruins the graph: the last layer's weights become zero
-    def ruin(model, *_):
-        ruined = onnx.ModelProto()
-        ruined.CopyFrom(model)
-        last = {t.name: t for t in ruined.graph.initializer}
-        for node in ruined.graph.node:
+@pytest.fixture
+def ruined(monkeypatch):
+    """A ladder of one rung that ruins the graph: the last layer's weights become zero."""
+
+    def ruin(shop, source):
+        model = onnx.ModelProto()
+        model.CopyFrom(source.model)
+        last = {t.name: t for t in model.graph.initializer}
+        for node in model.graph.node:
             if "logits" in node.output:
                 for name in node.input:
                     if name in last:
                         zeros = np.zeros_like(onnx.numpy_helper.to_array(last[name]))
                         last[name].CopyFrom(onnx.numpy_helper.from_array(zeros, name))
-        return ruined
+        return Built(model=model, precision="int8")
 
-    from edgetune.export import quantize
+    rung = dataclasses.replace(RUNGS[0], name="ruin", suits=("static", "dynamic"), make=ruin)
+    monkeypatch.setattr("edgetune.export.rungs.RUNGS", (rung,))
 
-    monkeypatch.setattr(quantize, "QUANTIZERS", dict.fromkeys(quantize.QUANTIZERS, (ruin, 1)))
-    monkeypatch.setattr("edgetune.export.bundle.QUANTIZERS", quantize.QUANTIZERS)
-    with pytest.raises(GateError, match=r"int8 loses \d+\.\d+ points .* allowed 2\.00"):
-        export(case.run, output=tmp_path / "bundle", max_drop=0.02)
-    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.usefixtures("ruined")
+def test_a_loss_beyond_the_allowed_exits_with_the_numbers_and_writes_no_bundle(case, tmp_path):
+    with pytest.raises(GateError, match=r"nearest of 2 is ruin: .*loses \d+\.\d+ points"):
+        export(case.run, output=tmp_path / "bundle", precision="int8", allow=("speed",))
+    # what was tried can be read, and nothing else is there
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"bundle.report.html", "bundle.search.json"}
+    search = json.loads((tmp_path / "bundle.search.json").read_text())
+    assert [(a["rung"], a["status"]) for a in search["attempts"]] == [
+        ("fp32", "passed"), ("ruin", "failed"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("ruined")
+def test_fp32_is_shipped_where_nothing_smaller_is_good_enough_and_that_is_said(case, tmp_path):
+    result = export(case.run, output=tmp_path / "bundle")
+    assert (result.precision, result.comparison) == ("fp32", None)
+    assert "no smaller graph was good enough: the closest, ruin" in result.notes[0]
+
+
+@pytest.mark.usefixtures("ruined")
+def test_what_is_allowed_is_shipped_and_recorded(case, tmp_path):
+    allow = ("accuracy", "samples", "speed")
+    result = export(case.run, output=tmp_path / "bundle", precision="int8", allow=allow)
+    overrides = open_bundle(result.bundle).manifest.overrides
+    assert overrides[0].startswith("accuracy: ")
+    card = (result.bundle / "MODEL_CARD.md").read_text()
+    assert "Limits that were overridden when this was made: accuracy: " in card
+
+
+def test_a_second_export_makes_and_measures_nothing(case, tmp_path):
+    stages: list[str] = []
+    again = export(case.run, output=tmp_path / "b", on_stage=stages.append, **TO_INT8)
+    assert all(candidate.cached for candidate in again.candidates)
+    assert not [s for s in stages if s.startswith(("answering", "timing", "calibrating"))]
 
 
 def test_an_existing_output_is_left_alone(case, tmp_path):
@@ -183,5 +225,5 @@ def test_a_size_budget_that_is_not_met_is_refused(case, tmp_path):
     small = tmp_path / "small.toml"
     head, _, _ = text.partition("[budget]")
     small.write_text(head + "[budget]\nmax_size_mib = 0.001\n")
-    with pytest.raises(GateError, match=r"profile x86-64-avx2 allows 0\.0"):
+    with pytest.raises(GateError, match=r"the bundle is .* MiB, allowed 0\.001"):
         export(case.run, profile=str(small), output=tmp_path / "bundle", max_drop=1.0)

@@ -144,6 +144,16 @@ def answer_bundle(model: EdgeModel, split: Split, progress: Progress | None = No
     )
 
 
+def answers_of(probabilities: FloatArray, split: Split, labels: Sequence[str]) -> Answers:
+    """Return kept probabilities, shape (samples, labels), as the answers they were."""
+    return Answers(
+        split=split,
+        labels=tuple(labels),
+        probabilities=probabilities,
+        truth=_truth(split, labels),
+    )
+
+
 def answer_run(
     task: TaskModel, split: Split, labels: Sequence[str], progress: Progress | None = None
 ) -> Answers:

@@ -66,7 +66,7 @@ class ColdStart:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What a bundle costs on this machine.
+    """What a bundle costs on this machine, or on `target` where that is not "".
 
     `profile_threads` is the thread count that the bundle's profile names, `measurement.threads`
     the one that was measured. `cold_start` is None where none was asked for.
@@ -80,6 +80,7 @@ class BenchReport:
     size_mib: float
     measurement: Measurement
     cold_start: ColdStart | None = None
+    target: str = ""
 
 
 def bench(

@@ -1,12 +1,21 @@
-"""`edgetune bench`: what a bundle costs on this machine."""
+"""`edgetune bench`: what a bundle costs on this machine, or on a device over ssh."""
 
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from edgetune.bench.database import database_path, host_name, record
 from edgetune.bench.latency import BenchReport, bench
+from edgetune.bench.target import bench_target
 from edgetune.cli.output import echo_json, echo_table
+from edgetune.errors import EdgetuneError
+from edgetune.profile import load_profile
+from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.measure import MIN_RUNS, Machine
+
+# options that say nothing without --target
+TARGET_OPTIONS = ("target_python", "ssh_options", "wheels", "keep", "profile")
 
 
 @click.command()
@@ -34,8 +43,28 @@ from edgetune.runtime.measure import MIN_RUNS, Machine
     "--sample", metavar="TEXT_OR_FILE",
     help="Predict this instead of the bundle's own samples: an image, a text, or a file with one.",
 )  # fmt: skip
+@click.option(
+    "--target", metavar="ssh://USER@HOST[:PORT]",
+    help="Measure on this device, through ssh, instead of here.",
+)  # fmt: skip
+@click.option(
+    "--target-python", default="python3", show_default=True, metavar="PATH",
+    help="The Python to use there; with what it lacks, an environment is made.",
+)  # fmt: skip
+@click.option(
+    "--ssh-option", "ssh_options", multiple=True, metavar="KEYWORD=VALUE",
+    help="For ssh, as in ssh_config (IdentityFile=...), or -Ffile. Can be repeated.",
+)  # fmt: skip
+@click.option(
+    "--wheels", type=click.Path(path_type=Path), metavar="DIR",
+    help="Install what the target lacks from these wheels, without a network.",
+)  # fmt: skip
+@click.option("--keep", is_flag=True, help="Leave other bundles' copies on the target.")
+@click.option("--profile", help="Record the result for this profile (default: the bundle's own).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
 def command(
+    context: click.Context,
     bundle: Path,
     runs: int,
     warmup: int,
@@ -43,19 +72,53 @@ def command(
     threads: int | None,
     cold_starts: int,
     sample: str | None,
+    target: str | None,
+    target_python: str,
+    ssh_options: tuple[str, ...],
+    wheels: Path | None,
+    keep: bool,
+    profile: str | None,
     as_json: bool,
 ) -> None:
-    """Measure a bundle's latency, start and memory on this machine, one sample a call."""
-    report = bench(
-        bundle,
-        runs=runs,
-        warmup=warmup,
-        seconds=seconds,
-        threads=threads,
-        cold_starts=cold_starts,
-        sample=sample,
-        progress=lambda line: click.echo(line, err=True),
-    )
+    """Measure a bundle's latency, start and memory, one sample a call, here or on a device.
+
+    The result is recorded for the device's profile, if it is of the bundle's own samples.
+    """
+    if target is None:
+        _refuse_target_options(context)
+        report = bench(
+            bundle,
+            runs=runs,
+            warmup=warmup,
+            seconds=seconds,
+            threads=threads,
+            cold_starts=cold_starts,
+            sample=sample,
+            progress=_say,
+        )
+        name = host_name()
+    else:
+        named = load_profile(profile).name if profile else ""  # a wrong name, before the work
+        report = bench_target(
+            bundle,
+            target,
+            runs=runs,
+            warmup=warmup,
+            seconds=seconds,
+            threads=threads,
+            cold_starts=cold_starts,
+            sample=sample,
+            python=target_python,
+            ssh_options=ssh_options,
+            wheels=wheels,
+            keep=keep,
+            progress=_say,
+        )
+        name = named or report.profile
+        # "host" is whatever machine measures: here the target
+        name = host_name(report.measurement.machine.cpu_model) if name == "host" else name
+    if sample is None:
+        _record(report, bundle, name)
     if as_json:
         echo_json(report)
         return
@@ -67,6 +130,30 @@ def command(
         click.echo(f"\nnote: {line}")
 
 
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _refuse_target_options(context: click.Context) -> None:
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name in TARGET_OPTIONS and given:
+            raise click.UsageError(f"{parameter.opts[0]} says nothing without --target")
+
+
+def _record(report: BenchReport, bundle: Path, name: str) -> None:
+    """Keep what was measured; a home that can't be written to costs no measurement."""
+    try:
+        manifest = open_bundle(bundle).manifest
+        record(report.measurement, manifest, profile=name, target=report.target)
+    except EdgetuneError as error:
+        _say(f"warning: not recorded: {error}")
+        return
+    if report.target:
+        _say(f"recorded for profile {name} in {database_path()}")
+
+
 def _head(report: BenchReport) -> list[str]:
     measured, machine = report.measurement, report.measurement.machine
     says = f"profile {report.profile} says: {report.profile_threads}"
@@ -75,6 +162,7 @@ def _head(report: BenchReport) -> list[str]:
         threads = f"threads as asked for: {measured.threads} ({says})"
     return [
         f"{report.bundle}: {report.task}, {report.precision}, {report.size_mib:.1f} MiB",
+        *([f"measured on {report.target}"] if report.target else []),
         f"{machine.cpu_model}, {machine.cores} cores; onnxruntime {machine.onnxruntime},"
         f" Python {machine.python}",
         threads,
@@ -118,16 +206,23 @@ def _sensors(machine: Machine) -> list[tuple[str, str, str]]:
         rows.append(("CPU clock", f"{machine.cpu_mhz:10.0f} MHz", f"after the last run, {top}"))
     if machine.temperature_c is not None:
         rows.append(("temperature", f"{machine.temperature_c:10.1f} °C", "after the last run"))
+    if machine.governor is not None:
+        rows.append(("CPU governor", f"{machine.governor:>10}", ""))
     return rows
 
 
 def _notes(report: BenchReport) -> list[str]:
     machine = report.measurement.machine
     notes = []
-    if report.profile != "host":
+    if report.profile != "host" and not report.target:
         notes.append(
             f"measured on this CPU ({machine.cpu_model}), not on a {report.profile}; its latency"
             " and memory have to be measured there"
+        )
+    if machine.throttled:
+        notes.append(
+            "the CPU was throttled while it was measured (heat or a weak power supply); these are"
+            " the figures of a throttled device"
         )
     if machine.load_average is not None and machine.load_average[0] > machine.cores / 2:
         notes.append(

@@ -9,6 +9,11 @@ from edgetune.cli.output import echo_json, echo_table
 
 if TYPE_CHECKING:
     from edgetune.export import ExportResult
+    from edgetune.export.bundle import PrecisionChoice, Search
+    from edgetune.export.candidate import Candidate
+
+PRECISIONS: "tuple[PrecisionChoice, ...]" = ("auto", "fp32", "fp16", "int8", "int4")
+SEARCHES: "tuple[Search, ...]" = ("first", "pareto")
 
 
 @click.command()
@@ -16,84 +21,130 @@ if TYPE_CHECKING:
 @click.option("--profile", default="host", show_default=True, help="Device (edgetune profiles).")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
-    "--precision", type=click.Choice(["int8", "fp32"]), default="int8", show_default=True,
-    help="Of weights and arithmetic.",
+    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
+    help="auto tries what the device has and falls back to fp32; another is shipped or nothing.",
 )  # fmt: skip
 @click.option(
     "--max-drop", type=float, default=0.02, show_default=True,
-    help="Largest loss of validation accuracy against fp32, as a share.",
+    help="Largest loss of validation accuracy against fp32, as a share, with 95 % confidence.",
+)  # fmt: skip
+@click.option("--max-class-drop", type=float, help="Largest loss of any class's recall, a share.")
+@click.option(
+    "--max-latency-ms",
+    type=float,
+    help="Largest p95 latency of a sample.  [default: the profile's]",
+)
+@click.option("--max-size-mib", type=float, help="Largest bundle.  [default: the profile's]")
+@click.option("--max-rss-mib", type=float, help="Largest peak memory.  [default: the profile's]")
+@click.option(
+    "--search", type=click.Choice(SEARCHES), default="first", show_default=True,
+    help="first: the first that meets every budget; pareto: try all, smaller networks too, and"
+    " take the fastest.",
+)  # fmt: skip
+@click.option(
+    "--time-budget", type=float, metavar="SECONDS", help="Begin nothing new after so long."
+)
+@click.option(
+    "--rung", "rungs", multiple=True, metavar="NAME", help="Try only this; may be repeated."
+)
+@click.option(
+    "--allow", multiple=True, metavar="LACK",
+    help="Ship in spite of it, and record it: accuracy, samples, latency, size, memory, speed.",
 )  # fmt: skip
 @click.option("--name", default="", help="The bundle's name.  [default: the run's]")
 @click.option("--release", type=int, default=1, show_default=True, help="Release counter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    run: Path, profile: str, output: Path | None, precision: str, max_drop: float, name: str,
-    release: int, as_json: bool,
+    run: Path, profile: str, output: Path | None, precision: "PrecisionChoice", max_drop: float,
+    max_class_drop: float | None, max_latency_ms: float | None, max_size_mib: float | None,
+    max_rss_mib: float | None, search: "Search", time_budget: float | None,
+    rungs: tuple[str, ...], allow: tuple[str, ...], name: str, release: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn a run into a bundle: merged, quantized, checked and measured.
+
+    Climbs a ladder of quantized graphs and ships the first that loses no more accuracy than
+    --max-drop on the device's arithmetic, is not slower than fp32, and meets every budget. A
+    report with all that was tried is written beside the bundle.
 
     \b
     Examples:
       edgetune export runs/intents --profile raspberry-pi-5
-      edgetune export runs/photos --profile x86-64-avx2 --max-drop 0.01 --output bundles/photos
+      edgetune export runs/photos --profile x86-64-avx2 --max-drop 0.01 --max-size-mib 4
+      edgetune export runs/intents --search pareto --time-budget 1800
 
-    Exits with 5, and writes nothing, where the graph does not answer as the trained model does.
+    Exits with 5, and writes no bundle, where no graph answers as the trained model does within
+    the budgets.
     """  # noqa: D301
     from edgetune.cli.progress import stage_lines
     from edgetune.export import export
 
     with stage_lines() as say:
         result = export(
-            run, profile=profile, output=output,
-            precision="fp32" if precision == "fp32" else "int8",
-            max_drop=max_drop, name=name, release=release, on_stage=say,
+            run, profile=profile, output=output, precision=precision, rungs=rungs,
+            max_drop=max_drop, max_class_drop=max_class_drop, max_latency_ms=max_latency_ms,
+            max_size_mib=max_size_mib, max_rss_mib=max_rss_mib, search=search,
+            time_budget_s=time_budget, allow=allow, name=name, release=release, on_stage=say,
         )  # fmt: skip
-    rows = comparison_rows(result)
     if as_json:
-        echo_json(
-            {
-                "bundle": str(result.bundle),
-                "profile": result.profile,
-                "parity": result.parity,
-                "drop": result.drop and {
-                    "value": result.drop.drop.value,
-                    "low": result.drop.drop.low,
-                    "high": result.drop.drop.high,
-                    "samples": result.drop.samples,
-                    "agreement": result.drop.agreement,
-                },
-                "candidates": [dict(zip(COMPARISON, row, strict=True)) for row in rows],
-                "notes": list(result.notes),
-            }
-        )  # fmt: skip
+        echo_json(_as_json(result))
         return
+    click.echo("candidates, on the validation split:")
+    echo_table(LADDER, ladder_rows(result))
+    click.echo()
     echo_comparison(result)
-    if result.drop is not None:
-        drop = result.drop
+    click.echo(f"\n{result.report.verdict}")
+    for line in (*result.notes, *result.report.overrides):
+        click.echo(f"note: {line}")
+    if result.chosen.cost.basis == "estimate":
         click.echo(
-            f"int8 against fp32 on the validation split: {100 * drop.drop.value:+.2f} points lost"
-            f" (95 % interval {100 * drop.drop.low:+.2f} to {100 * drop.drop.high:+.2f}),"
-            f" same answer on {100 * drop.agreement:.1f} % of {drop.samples} samples"
+            f"note: latency and memory are estimates ({result.chosen.cost.note}), not"
+            f" {result.profile}'s; measure there with: edgetune bench {result.bundle}"
+            " --target ssh://USER@HOST"
         )
-    for note in result.notes:
-        click.echo(f"note: {note}")
-    if result.profile != "host":
-        click.echo(f"latency is this machine's, not {result.profile}'s")
-    click.echo(f"bundle: {result.bundle}")
+    click.echo(f"report: {result.report_path}\nbundle: {result.bundle}")
+
+
+LADDER = (
+    "candidate",
+    "result",
+    "accuracy",
+    "lost at most",
+    "agreement",
+    "size MiB",
+    "p50 ms",
+    "p95 ms",
+)
+COMPARISON = ("model", "accuracy", "95 % interval", "size MiB", "latency p50 ms")
+
+
+def ladder_rows(result: "ExportResult") -> list[tuple[object, ...]]:
+    """Return one row for each candidate that was tried, marked as in the report."""
+    states = {a.rung: a.status for a in result.report.attempts}
+    rows: list[tuple[object, ...]] = []
+    for candidate in result.candidates:
+        found, facts = candidate.comparison, candidate.facts()
+        about = "~" if facts.estimated else ""
+        rows.append(
+            (
+                candidate.rung.name, states[candidate.rung.name], f"{facts.accuracy:.4f}",
+                "" if found is None else f"{100 * found.bound:.2f} points",
+                "" if found is None else f"{100 * found.agreement:.1f} %",
+                round(facts.size_mib, 1), f"{about}{facts.latency_p50_ms:.2f}",
+                f"{about}{facts.latency_p95_ms:.2f}",
+            )
+        )  # fmt: skip
+    return rows
 
 
 def echo_comparison(result: "ExportResult") -> None:
-    """Print torch and the graphs side by side."""
+    """Print torch, the fp32 graph and the bundle side by side."""
     shown = result.torch.split
     click.echo(f"on {len(shown.labels)} {shown.name} samples:")
     echo_table(COMPARISON, comparison_rows(result))
 
 
-COMPARISON = ("model", "accuracy", "95 % interval", "size MiB", "latency p50 ms")
-
-
 def comparison_rows(result: "ExportResult") -> list[tuple[object, ...]]:
-    """Return one row for torch and one for each graph: accuracy, size, latency."""
+    """Return one row for torch, fp32 and the bundle each: accuracy, size, latency."""
     torch = result.torch.report().accuracy
     rows: list[tuple[object, ...]] = [
         (
@@ -101,13 +152,30 @@ def comparison_rows(result: "ExportResult") -> list[tuple[object, ...]]:
             round(result.torch_size_bytes / 2**20, 1), round(result.torch_latency_ms, 2),
         )
     ]  # fmt: skip
-    for candidate in result.candidates:
-        accuracy = candidate.answers.report().accuracy
-        rows.append(
-            (
-                f"{candidate.precision} onnx", round(accuracy.value, 4),
-                f"{accuracy.low:.4f} to {accuracy.high:.4f}",
-                round(candidate.size_bytes / 2**20, 1), round(candidate.latency_p50_ms, 2),
-            )
-        )  # fmt: skip
-    return rows
+    return rows + [_row(c) for c in result.candidates if c.answers is not None]
+
+
+def _row(candidate: "Candidate") -> tuple[object, ...]:
+    assert candidate.answers is not None
+    accuracy = candidate.answers.report().accuracy
+    return (
+        f"{candidate.rung.name} onnx", round(accuracy.value, 4),
+        f"{accuracy.low:.4f} to {accuracy.high:.4f}",
+        round(candidate.size_bytes / 2**20, 1), round(candidate.cost.latency_p50_ms, 2),
+    )  # fmt: skip
+
+
+def _as_json(result: "ExportResult") -> dict[str, object]:
+    from edgetune.runtime.records import to_mapping
+
+    return {
+        "bundle": str(result.bundle),
+        "precision": result.precision,
+        "chosen": result.chosen.rung.name,
+        "profile": result.profile,
+        "parity": result.parity,
+        "candidates": [dict(zip(COMPARISON, row, strict=True)) for row in comparison_rows(result)],
+        "search": to_mapping(result.report),
+        "report": str(result.report_path),
+        "notes": list(result.notes),
+    }

@@ -3,69 +3,51 @@
 import dataclasses
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import onnx
 import torch
 
-from edgetune.bench.evaluate import Answers, answer_bundle, answer_run
-from edgetune.bench.latency import BenchReport, bench
+from edgetune.bench.evaluate import Answers, answer_run
 from edgetune.data import Dataset, Split
 from edgetune.errors import ConfigError, GateError, ResourceError
+from edgetune.export.cache import FOLDER_NAME, Cache
+from edgetune.export.candidate import Candidate, Laboratory, judged
 from edgetune.export.card import model_card
-from edgetune.export.graph import export_graph
-from edgetune.export.pack import (
-    CARD_NAME,
-    discard,
-    publish,
-    write_draft,
-    write_goldens,
-    write_manifest,
+from edgetune.export.pack import CARD_NAME, discard, publish, write_manifest
+from edgetune.export.records import SearchReport
+from edgetune.export.report import ladder_markdown, write_reports
+from edgetune.export.rungs import FP32, Rung, build, rungs_for
+from edgetune.export.search import (
+    Budgets,
+    Lack,
+    best,
+    check_allowed,
+    closest,
+    lacks,
+    still_worth,
 )
-from edgetune.export.quantize import CALIBRATION_SAMPLES, QUANTIZERS
+from edgetune.export.students import student
+from edgetune.export.summary import search_report
+from edgetune.export.workshop import Say, Source, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
 from edgetune.runtime.bundle import open_bundle
-from edgetune.runtime.manifest import Goldens
 from edgetune.runtime.model import EdgeModel
-from edgetune.runtime.tasks import DeviceTask
-from edgetune.tasks import task_kind
-from edgetune.tasks.metrics import PairedDrop, paired_drop
+from edgetune.tasks.paired import Comparison, GatedMetric
+from edgetune.tasks.proportions import samples_needed
 from edgetune.train.run import Run, open_run, run_dataset
 
-Precision = Literal["fp32", "int8"]
-Stage = Callable[[str], None]
+PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int4"]
+Search = Literal["first", "pareto"]
 
 # the fp32 graph must give torch's logits to this, absolute and relative to the largest logit:
 # float32 sums in another order, nothing more
 PARITY_TOLERANCE = 1e-3
 PARITY_SAMPLES = 32
-GOLDEN_SAMPLES = 4
-# share of the largest golden logit that a device's logits may be off. float kernels differ in
-# the order of sums; int8 rounding turns such a difference into whole steps
-GOLDEN_TOLERANCE = {"fp32": 1e-3, "int8": 0.05}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One graph that was built and measured.
-
-    gated: its answers on the validation split, which the gate compares.
-    answers: on the test split where the run has one, else on the validation split again.
-    Latency is of one sample, on the machine that exported.
-    """
-
-    precision: Precision
-    folder: Path
-    size_bytes: int
-    gated: Answers
-    answers: Answers
-    latency_p50_ms: float
-    latency_p95_ms: float
-    peak_rss_mib: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +56,14 @@ class ExportResult:
 
     parity: largest difference of a logit between torch and the fp32 graph.
     torch: its answers on the split that the candidates' `answers` are of.
-    drop: of the bundle against fp32 on the validation split; None for an fp32 bundle.
+    candidates: fp32 first, then every other that was tried, in the order of trying.
+    chosen: the one that was shipped.
+    report: what `report.html` shows.
+    report_path: where it lies.
     notes: what the user should know.
     """
 
     bundle: Path
-    precision: Precision
     profile: str
     size_bytes: int
     parity: float
@@ -87,8 +71,20 @@ class ExportResult:
     torch_latency_ms: float
     torch_size_bytes: int
     candidates: tuple[Candidate, ...]
-    drop: PairedDrop | None
+    chosen: Candidate
+    report: SearchReport
+    report_path: Path
     notes: tuple[str, ...]
+
+    @property
+    def precision(self) -> str:
+        """Of most of the bundle's weights."""
+        return self.chosen.precision
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The bundle against fp32 on the validation split; None for an fp32 bundle."""
+        return self.chosen.comparison
 
 
 def export(
@@ -96,47 +92,114 @@ def export(
     *,
     profile: str = "host",
     output: Path | None = None,
-    precision: Precision = "int8",
+    precision: PrecisionChoice = "auto",
+    rungs: Collection[str] = (),
     max_drop: float = 0.02,
+    max_class_drop: float | None = None,
+    max_latency_ms: float | None = None,
+    max_size_mib: float | None = None,
+    max_rss_mib: float | None = None,
+    search: Search = "first",
+    time_budget_s: float | None = None,
+    allow: Collection[str] = (),
     name: str = "",
     release: int = 1,
-    on_stage: Stage | None = None,
+    on_stage: Say | None = None,
 ) -> ExportResult:
-    """Turn a run into a bundle for a device.
+    """Turn a run into a bundle for a device: the fastest graph that answers as the model does.
 
     LoRA is merged, preprocessing goes into the graph, the fp32 graph is held against torch on
-    real validation samples, then quantized, and both are measured through the device runtime.
+    real validation samples. Then the ladder's rungs are tried, each made, measured and compared
+    with fp32 on the validation split, as the profile's arithmetic would answer. All of it is kept
+    in the run's folder, so that a second export repeats nothing.
 
     Args:
         run_folder: written by `edgetune.train`.
         profile: name of a device profile, or path of one.
         output: the bundle's folder; must not exist. Default: bundles/NAME-PROFILE.
-        precision: "int8", or "fp32" to leave the weights as they are.
-        max_drop: largest loss of validation accuracy against fp32, a share in [0, 1].
+        precision: "auto" tries all that the profile has and falls back to fp32; a precision
+            named is the only one that is shipped.
+        rungs: names of the rungs to try; default: all that suit.
+        max_drop: largest loss of validation accuracy against fp32, a share in [0, 1]; the loss
+            must be no larger with 95 % confidence.
+        max_class_drop: largest loss of recall of any class, a share.
+        max_latency_ms: largest 95th percentile of one sample's latency.
+        max_size_mib: largest bundle.
+        max_rss_mib: largest peak memory of the process. Where one of the three is not given,
+            the profile's own budget counts.
+        search: "first" takes the first rung that meets every budget, "pareto" tries all that the
+            time allows, students too, and takes the fastest.
+        time_budget_s: no rung is begun after so many seconds.
+        allow: lacks that do not keep a bundle from being shipped: "accuracy", "samples",
+            "latency", "size", "memory", "speed". The manifest and the card name them.
         name: the bundle's name; default: the run folder's.
         release: the bundle's release counter, 1 or more.
         on_stage: called with what is being done.
 
     Raises:
         ConfigError: an argument is wrong or the output exists.
-        GateError: the graph differs from torch, or int8 loses more than `max_drop`, or a
-            budget of the profile is not met. Nothing is written.
+        GateError: the graph differs from torch, or no candidate meets every budget. No bundle is
+            written, but the report is.
     """
-    say = on_stage or _silent
-    device = load_profile(profile)
-    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", run_folder.resolve().name)
-    output = output or Path("bundles") / f"{name}-{device.name}"
-    _check_arguments(device, output, precision, max_drop, release)
-    say("opening the run")
     run = open_run(run_folder)
-    dataset = run_dataset(run)
+    return export_run(
+        run,
+        run_dataset(run),
+        load_profile(profile),
+        output=output,
+        precision=precision,
+        rungs=rungs,
+        budgets=Budgets(
+            max_drop=max_drop,
+            max_class_drop=max_class_drop,
+            max_latency_ms=max_latency_ms,
+            max_size_mib=max_size_mib,
+            max_rss_mib=max_rss_mib,
+        ),
+        search=search,
+        time_budget_s=time_budget_s,
+        allow=allow,
+        name=name,
+        release=release,
+        on_stage=on_stage,
+    )
+
+
+def export_run(
+    run: Run,
+    dataset: Dataset,
+    profile: DeviceProfile,
+    *,
+    output: Path | None = None,
+    precision: PrecisionChoice = "auto",
+    rungs: Collection[str] = (),
+    budgets: Budgets | None = None,
+    search: Search = "first",
+    time_budget_s: float | None = None,
+    allow: Collection[str] = (),
+    name: str = "",
+    release: int = 1,
+    on_stage: Say | None = None,
+) -> ExportResult:
+    """Export an opened run and its data; see `export`, whose arguments and errors these are."""
+    name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", run.folder.resolve().name)
+    output = output or Path("bundles") / f"{name}-{profile.name}"
+    allowed = check_allowed(allow)
+    _check_arguments(output, release, time_budget_s)
+    chosen_rungs = rungs_for(profile, run.family.int8, precision=precision, only=rungs)
     # torch's deterministic graph belongs to the CPU, wherever the run was trained
     run.task.network.cpu()
     output.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        exporter = _Exporter(run, dataset, device, workplace, name, release, say)
-        return exporter.export(precision, max_drop, output)
+        shop = Workshop(run, dataset, profile, Cache(run.folder / FOLDER_NAME), on_stage or _silent)
+        exporter = _Exporter(shop, workplace, name, release, output)
+        exporter.budgets = _with_profile(budgets or Budgets(), profile)
+        exporter.allowed = allowed
+        exporter.search = search
+        exporter.deadline = time.monotonic() + (time_budget_s or float("inf"))
+        exporter.fp32_will_do = precision in ("auto", "fp32") and (not rungs or "fp32" in rungs)
+        return exporter.export(chosen_rungs)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written: {error}") from error
     finally:
@@ -144,148 +207,192 @@ def export(
 
 
 class _Exporter:
-    """One export: the run, the device, and a folder for what is made on the way."""
+    """One export: the climb, the choice, the bundle."""
+
+    budgets: Budgets
+    allowed: tuple[Lack, ...]
+    search: Search
+    deadline: float
+    fp32_will_do: bool
 
     def __init__(
-        self,
-        run: Run,
-        dataset: Dataset,
-        profile: DeviceProfile,
-        workplace: Path,
-        name: str,
-        release: int,
-        say: Stage,
+        self, shop: Workshop, workplace: Path, name: str, release: int, output: Path
     ) -> None:
-        self.run, self.dataset, self.profile = run, dataset, profile
-        self.workplace, self.name, self.release, self.say = workplace, name, release, say
-        self.val = dataset.splits["val"]
-        # the validation split chose the best epoch, so an honest number comes from another
-        self.shown = dataset.splits.get("test", self.val)
+        self.shop, self.run, self.say = shop, shop.run, shop.say
+        self.workplace, self.name, self.output = workplace, name, output
+        self.laboratory = Laboratory(shop, workplace, name, release)
+        self.tried: list[Candidate] = []
+        self.passed_over: list[tuple[Rung, str]] = []
+        self.notes: list[str] = []
 
-    def export(self, precision: Precision, max_drop: float, output: Path) -> ExportResult:
+    def export(self, rungs: list[Rung]) -> ExportResult:
+        begin = time.monotonic()
         self.say("writing the graph")
-        model = export_graph(self.run.task.graph(self.run.family.output))
-        texts = task_kind(self.run.config.task) == "text"
-        fp32_folder = self.draft(model, "fp32", max_batch=8 if texts else 1)
+        source = self.shop.source("run", lambda: self.run.task)
+        reference = self._reference(source)
         self.say("comparing the graph with torch")
-        parity = check_parity(self.run, EdgeModel.load(fp32_folder), self.val)
-        self.say(f"measuring torch on {len(self.shown.labels)} {self.shown.name} samples")
-        in_torch = answer_run(self.run.task, self.shown, self.run.record.labels)
-        candidates = [self.measure("fp32", fp32_folder)]
-        drop = None
-        notes: list[str] = []
-        if precision == "int8":
-            kind = self.run.family.int8
-            self.say(f"quantizing to int8 ({kind})")
-            quantize, max_batch = QUANTIZERS[kind]
-            task = EdgeModel.load(fp32_folder).task
-            quantized = quantize(model, self.profile, self.calibration(task), self.workplace)
-            candidates.append(self.measure("int8", self.draft(quantized, "int8", max_batch)))
-            drop = gate(candidates[0].gated, candidates[1].gated, max_drop)
-            notes += _speed_note(candidates[0], candidates[1])
-        chosen = candidates[-1]
-        self.check_budget(chosen)
+        parity = check_parity(self.run, EdgeModel.load(reference.folder), self.laboratory.val)
+        shown = self.laboratory.shown
+        self.say(f"measuring torch on {len(shown.labels)} {shown.name} samples")
+        in_torch = answer_run(self.run.task, shown, self.run.record.labels)
+        self._climb(rungs, reference)
+        chosen = self._choose()
+        report = search_report(
+            self.tried, self.passed_over, chosen,
+            name=self.name, profile=self.shop.profile, budgets=self.budgets,
+            allowed=self.allowed, notes=self.notes, search=self.search,
+            seconds=time.monotonic() - begin,
+        )  # fmt: skip
+        report_path = write_reports(report, self.output)
+        if chosen is None:
+            raise GateError(f"{report.verdict}; what was tried: {report_path}")
+        chosen = self.laboratory.with_answers(chosen)
+        reference = self.laboratory.with_answers(reference)
         self.say("writing the bundle")
-        size = self.finish(chosen, candidates[0].answers, in_torch, parity, output)
+        size = self._finish(chosen, reference, in_torch, parity, report)
+        shipped = dataclasses.replace(chosen, folder=self.output, size_bytes=size)
         return ExportResult(
-            bundle=output,
-            precision=precision,
-            profile=self.profile.name,
+            bundle=self.output,
+            profile=self.shop.profile.name,
             size_bytes=size,
             parity=parity,
             torch=in_torch,
-            torch_latency_ms=_torch_latency_ms(self.run, self.val),
+            torch_latency_ms=_torch_latency_ms(self.run, self.laboratory.val),
             torch_size_bytes=sum(
                 p.numel() * p.element_size() for p in self.run.task.network.parameters()
             ),
             candidates=tuple(
-                dataclasses.replace(c, folder=output) if c is chosen else c for c in candidates
+                shipped if c.rung is chosen.rung else reference if c.rung is FP32 else c
+                for c in self.tried
             ),
-            drop=drop,
-            notes=tuple(notes),
+            chosen=shipped,
+            report=report,
+            report_path=report_path,
+            notes=tuple(self.notes),
         )
 
-    def draft(self, model: onnx.ModelProto, precision: Precision, max_batch: int) -> Path:
-        """Write a bundle that can be run, with its goldens."""
-        folder = self.workplace / precision
-        manifest = write_draft(
-            folder,
-            model,
-            name=self.name,
-            release=self.release,
-            task=self.run.config.task,
-            labels=self.run.record.labels,
-            precision=precision,
-            profile=self.profile,
-            options=self.run.task.device_options(),
-            files=self.run.task.device_files(),
-            max_batch=max_batch,
+    def _reference(self, source: Source) -> Candidate:
+        """Measure the fp32 graph, which every other is compared with."""
+        built = FP32.make(self.shop, source)
+        self.shop.use_device_task(self.laboratory.device_task(built, source))
+        reference = self.laboratory.measure(FP32, source, built, made_from_cache=True)
+        missing = lacks(reference.facts(), reference.facts(), self.budgets)
+        reference = dataclasses.replace(reference, missing=missing)
+        self.tried.append(reference)
+        return reference
+
+    def _climb(self, rungs: list[Rung], reference: Candidate) -> None:
+        """Try one rung after the other, until one lacks nothing or the time is up."""
+        names = [(rung.name, rung.shape) for rung in rungs]
+        by_name = {rung.name: rung for rung in rungs}
+        metric: GatedMetric = "f1_macro" if self.run.config.metric == "f1_macro" else "accuracy"
+        skipped: set[str] = set()
+        while True:
+            tried = {c.rung.name: frozenset(self._counted(c)) for c in self.tried}
+            shapes = {c.rung.name: c.rung.shape for c in self.tried if c.rung is not FP32}
+            left = [(n, s) for n, s in names if n not in tried and n not in skipped]
+            step = next(iter(still_worth(left, tried, shapes)), None)
+            if step is None:
+                return
+            rung, reason = by_name[step[0]], step[1]
+            if not reason:
+                reason = self._hopeless()
+            if not reason and rung.explore and not self._explores():
+                reason = "only tried where the others cost too much, or with --search pareto"
+            if not reason and time.monotonic() > self.deadline:
+                reason = "the time budget was spent"
+            if reason:
+                skipped.add(rung.name)
+                self.passed_over.append((rung, reason))
+                continue
+            candidate = judged(self._try(rung), reference, self.budgets, metric)
+            missing = lacks(candidate.facts(), reference.facts(), self.budgets)
+            candidate = dataclasses.replace(candidate, missing=missing)
+            self.tried.append(candidate)
+            self.say(f"{rung.name}: {self._said(candidate)}")
+            if self.search == "first" and not self._counted(candidate):
+                return
+
+    def _hopeless(self) -> str:
+        """Return why no candidate at all could be shown to be good enough; "" where it could."""
+        needed = samples_needed(self.budgets.max_drop)
+        samples = len(self.laboratory.val.labels)
+        if "samples" in self.allowed or (needed is not None and needed <= samples):
+            return ""
+        enough = "no number" if needed is None else f"{needed}"
+        return (
+            f"{samples} validation samples cannot show a loss of at most"
+            f" {100 * self.budgets.max_drop:g} points, {enough} would, even without one mistake"
         )
-        edge = EdgeModel.load(folder)
-        samples = [self.raw(edge.task, i) for i in _spread(len(self.val.inputs), GOLDEN_SAMPLES)]
-        logits = np.concatenate([edge.outputs(s)["logits"] for s in samples])
-        write_goldens(folder, samples, logits)
-        tolerance = GOLDEN_TOLERANCE[precision] * max(1.0, float(np.abs(logits).max()))
-        goldens = Goldens(count=len(samples), tolerance=round(tolerance, 6))
-        write_manifest(folder, dataclasses.replace(manifest, goldens=goldens))
-        return folder
 
-    def raw(self, task: DeviceTask, index: int) -> Any:
-        """Return a validation sample as a golden stores it: a text, or decoded pixels."""
-        value = self.val.inputs[index]
-        encoded = task.encode(value)
-        return encoded.get("image", value)
+    def _explores(self) -> bool:
+        """Tell whether a smaller network is wanted: what was tried costs too much."""
+        if self.search == "pareto":
+            return True
+        costly = {"latency", "size", "memory"}
+        return bool(self.tried) and all(costly & set(self._counted(c)) for c in self.tried)
 
-    def calibration(self, task: DeviceTask) -> Iterator[dict[str, Any]]:
-        """Yield training samples, encoded, one a batch."""
-        inputs = self.dataset.splits["train"].inputs
-        for index in _spread(len(inputs), CALIBRATION_SAMPLES):
-            yield task.stack([task.encode(inputs[index])])
-
-    def measure(self, precision: Precision, folder: Path) -> Candidate:
-        self.say(f"measuring {precision} through the device runtime")
-        model = EdgeModel.load(folder)
-        gated = answer_bundle(model, self.val)
-        answers = gated if self.shown is self.val else answer_bundle(model, self.shown)
-        cost = _bench(folder, self.profile)
-        return Candidate(
-            precision=precision,
-            folder=folder,
-            size_bytes=open_bundle(folder).size_bytes,
-            gated=gated,
-            answers=answers,
-            latency_p50_ms=cost.measurement.latency_p50_ms,
-            latency_p95_ms=cost.measurement.latency_p95_ms,
-            peak_rss_mib=cost.measurement.peak_rss_mib,
+    def _try(self, rung: Rung) -> Candidate:
+        self.say(f"{rung.name}: {rung.about}")
+        begin = time.monotonic()
+        source = self.shop.source(
+            rung.source,
+            lambda: student(self.shop, rung.source, seconds=self.deadline - time.monotonic()),
         )
+        built, cached = build(self.shop, rung, source)
+        candidate = self.laboratory.measure(rung, source, built, made_from_cache=cached)
+        return dataclasses.replace(candidate, seconds=time.monotonic() - begin)
 
-    def check_budget(self, chosen: Candidate) -> None:
-        """Hold size and memory against the profile's budget.
+    def _counted(self, candidate: Candidate) -> list[Lack]:
+        """Return what a candidate lacks and nobody allowed."""
+        return [kind for kind in candidate.missing if kind not in self.allowed]
 
-        Raises:
-            GateError: one is over.
-        """
-        budget, size = self.profile.budget, chosen.size_bytes / 2**20
-        if budget.max_size_mib is not None and size > budget.max_size_mib:
-            raise GateError(
-                f"the bundle is {size:.1f} MiB, profile {self.profile.name} allows"
-                f" {budget.max_size_mib:.1f}; choose a smaller model"
-            )
-        rss = chosen.peak_rss_mib
-        if budget.max_rss_mib is not None and rss is not None and rss > budget.max_rss_mib:
-            raise GateError(
-                f"the bundle takes {rss:.0f} MiB of memory, profile {self.profile.name} allows"
-                f" {budget.max_rss_mib:.0f}; choose a smaller model"
-            )
+    def _said(self, candidate: Candidate) -> str:
+        for kind in self._counted(candidate):
+            return candidate.missing[kind].rstrip(".")
+        return "meets every budget"
 
-    def finish(
-        self, chosen: Candidate, reference: Answers, torch: Answers, parity: float, output: Path
+    def _choose(self) -> Candidate | None:
+        """Return the candidate to ship, or None; fp32 is the last resort."""
+        good = [c for c in self.tried if not self._counted(c)]
+        others = [c for c in good if c.rung is not FP32]
+        if others:
+            fastest = best([c.facts() for c in others]).rung
+            return next(c for c in others if c.rung.name == fastest)
+        if good and self.fp32_will_do:
+            if hopeless := self._hopeless():
+                self.notes.append(f"fp32 is shipped: {hopeless}")
+            elif len(self.tried) > 1:
+                nearest_one = self._nearest([c for c in self.tried if c.rung is not FP32])
+                self.notes.append(
+                    f"fp32 is shipped, since no smaller graph was good enough: the closest,"
+                    f" {nearest_one.rung.name}: {self._said(nearest_one)}"
+                )
+            return good[0]
+        return None
+
+    def _nearest(self, candidates: list[Candidate]) -> Candidate:
+        name = closest(
+            {c.rung.name: {k: c.missing[k] for k in self._counted(c)} for c in candidates}
+        )
+        return next(c for c in candidates if c.rung.name == name)
+
+    def _finish(
+        self,
+        chosen: Candidate,
+        reference: Candidate,
+        torch: Answers,
+        parity: float,
+        report: SearchReport,
     ) -> int:
         """Complete the chosen draft and move it to its place; return its size in bytes."""
+        assert chosen.answers is not None
+        assert reference.answers is not None
         manifest = dataclasses.replace(
             open_bundle(chosen.folder).manifest,
             evaluation=chosen.answers.evaluation(),
-            reference=reference.evaluation(),
+            reference=reference.answers.evaluation(),
+            overrides=tuple(f"{kind}: {chosen.missing[kind]}" for kind in chosen.missing),
         )
         card = model_card(
             manifest,
@@ -293,12 +400,15 @@ class _Exporter:
             method=self.run.config.method,
             torch=torch.evaluation(),
             parity=parity,
+            ladder=ladder_markdown(report),
+            verdict=report.verdict,
         )
         (chosen.folder / CARD_NAME).write_text(card, encoding="utf-8")
         write_manifest(chosen.folder, manifest)
-        EdgeModel.load(chosen.folder, check="full").self_test()
+        if chosen.arithmetic == "native":
+            EdgeModel.load(chosen.folder, check="full").self_test()
         size = open_bundle(chosen.folder).size_bytes
-        publish(chosen.folder, output)
+        publish(chosen.folder, self.output)
         return size
 
 
@@ -314,7 +424,7 @@ def check_parity(run: Run, edge: EdgeModel, split: Split) -> float:
     samples = run.task.samples(split, training=False)
     worst, scale = 0.0, 1.0
     with torch.inference_mode():
-        for index in _spread(len(samples), PARITY_SAMPLES):
+        for index in spread(len(samples), PARITY_SAMPLES):
             batch = run.task.collate([samples[0, index]])
             batch.pop("labels")
             expected = run.task.logits(run.task.network, batch)[0].numpy()
@@ -329,41 +439,24 @@ def check_parity(run: Run, edge: EdgeModel, split: Split) -> float:
     return worst
 
 
-def gate(reference: Answers, candidate: Answers, max_drop: float) -> PairedDrop:
-    """Compare a candidate with fp32 on the same samples.
-
-    Raises:
-        GateError: its accuracy is lower by more than `max_drop`.
-    """
-    drop = paired_drop(reference.truth, reference.predicted, candidate.predicted, reference.labels)
-    if drop.drop.value > max_drop:
-        raise GateError(
-            f"int8 loses {100 * drop.drop.value:.2f} points of accuracy against fp32"
-            f" (95 % interval {100 * drop.drop.low:.2f} to {100 * drop.drop.high:.2f},"
-            f" {drop.samples} samples; worst class {drop.worst_class!r}), allowed"
-            f" {100 * max_drop:.2f}; export with --precision fp32, or raise --max-drop"
-        )
-    return drop
-
-
-def _check_arguments(
-    profile: DeviceProfile, output: Path, precision: Precision, max_drop: float, release: int
-) -> None:
+def _check_arguments(output: Path, release: int, time_budget_s: float | None) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {output}: exists already; name another folder")
-    if not 0 <= max_drop <= 1:
-        raise ConfigError(f"max_drop: expected a share between 0 and 1, got {max_drop:g}")
     if release < 1:
         raise ConfigError(f"release: expected 1 or more, got {release}")
-    if precision == "int8" and not profile.precision.int8:
-        raise ConfigError(f"profile {profile.name} has no int8; export with --precision fp32")
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise ConfigError(f"time_budget: expected more than 0 s, got {time_budget_s:g}")
 
 
-def _bench(folder: Path, profile: DeviceProfile) -> BenchReport:
-    """Measure briefly, in a fresh process, with as many of the profile's threads as there are."""
-    cores = load_profile("host").cpu.cores
-    threads = min(profile.runtime.intra_op_threads, cores)
-    return bench(folder, runs=100, warmup=5, seconds=3.0, threads=threads, cold_starts=0)
+def _with_profile(budgets: Budgets, profile: DeviceProfile) -> Budgets:
+    """Fill in what was not asked for from the profile."""
+    own = profile.budget
+    return dataclasses.replace(
+        budgets,
+        max_latency_ms=budgets.max_latency_ms or own.max_latency_ms,
+        max_size_mib=budgets.max_size_mib or own.max_size_mib,
+        max_rss_mib=budgets.max_rss_mib or own.max_rss_mib,
+    )
 
 
 def _torch_latency_ms(run: Run, split: Split, runs: int = 20) -> float:
@@ -373,30 +466,13 @@ def _torch_latency_ms(run: Run, split: Split, runs: int = 20) -> float:
     samples = run.task.samples(split, training=False)
     times = []
     with torch.inference_mode():
-        for index in _spread(len(samples), runs):
+        for index in spread(len(samples), runs):
             start = time.perf_counter()
             batch = run.task.collate([samples[0, index]])
             batch.pop("labels")
             run.task.logits(run.task.network, batch)
             times.append(time.perf_counter() - start)
     return float(np.median(times)) * 1e3
-
-
-def _speed_note(fp32: Candidate, int8: Candidate) -> list[str]:
-    if int8.latency_p50_ms <= fp32.latency_p50_ms:
-        return []
-    return [
-        f"int8 is slower than fp32 on this machine ({int8.latency_p50_ms:.2f} against"
-        f" {fp32.latency_p50_ms:.2f} ms); it is smaller, and may be faster on the device:"
-        " measure there"
-    ]
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return up to `most` indices, evenly over range(count)."""
-    if count <= most:
-        return list(range(count))
-    return [int(i) for i in np.linspace(0, count - 1, most).round()]
 
 
 def _silent(text: str) -> None:

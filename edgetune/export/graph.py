@@ -88,15 +88,6 @@ def tensor_specs(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[
     )
 
 
-def preprocessing_nodes(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes that the `preprocess` module made."""
-    return [
-        node.name
-        for node in model.graph.node
-        if any(p.key == "edgetune.scope" and p.value == "preprocess" for p in node.metadata_props)
-    ]
-
-
 def tensor_bytes(tensor: TensorProto) -> bytes:
     """Return a tensor's values as little-endian bytes, row by row."""
     if tensor.HasField("raw_data"):

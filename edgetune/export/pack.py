@@ -44,6 +44,7 @@ def write_draft(
     options: Mapping[str, Any],
     files: Mapping[str, bytes],
     max_batch: int,
+    session_config: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write a bundle that lacks only goldens, metrics and model card, and can be run already."""
     folder.mkdir(parents=True)
@@ -72,6 +73,7 @@ def write_draft(
             execution_providers=profile.runtime.execution_providers,
             intra_op_threads=profile.runtime.intra_op_threads,
             allow_spinning=profile.runtime.allow_spinning,
+            config=dict(session_config or {}),
             max_batch=max_batch,
         ),
         evaluation=NO_EVALUATION,

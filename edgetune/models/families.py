@@ -26,6 +26,9 @@ class Family:
     tail: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     lora_regex: str = ""
+    ffn: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    head_size: str = ""
     int8: Literal["dynamic", "static"]
 
 

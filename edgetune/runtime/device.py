@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 # features that change which kernels run, as Linux names them
 RELEVANT_FEATURES = (
@@ -20,6 +21,13 @@ def cpu_features() -> tuple[str, ...]:
         if key.strip().lower() in {"flags", "features"}:
             words |= set(value.split())
     return tuple(f for f in RELEVANT_FEATURES if f in words)
+
+
+def int8_arithmetic() -> Literal["saturates", "exact"]:
+    """Return how this CPU sums u8 x s8 products: x86 without VNNI saturates in int16 pairs."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "exact"
+    return "exact" if {"avx512_vnni", "avx_vnni"} & set(cpu_features()) else "saturates"
 
 
 def cpu_model() -> str:

@@ -34,7 +34,9 @@ class Machine:
     `load_average` (1, 5 and 15 minutes) is from before the measurement: near or above `cores`
     it says that others were working. `cpu_mhz` and `temperature_c` are from right after the
     last run, of the fastest core and the hottest sensor: `cpu_mhz` far below `cpu_max_mhz` on
-    a hot machine is throttling.
+    a hot machine is throttling. `throttled` says that the firmware or the CPU itself reported
+    that during the measurement. `governor` is Linux's policy for the clock; several where cores
+    differ.
     """
 
     cpu_model: str
@@ -47,6 +49,20 @@ class Machine:
     cpu_mhz: float | None = None
     cpu_max_mhz: float | None = None
     temperature_c: float | None = None
+    throttled: bool | None = None
+    governor: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throttling:
+    """What a machine tells of throttling at one moment; None where it does not.
+
+    `flags` is the Raspberry Pi firmware's bit field. `events` counts, since boot, how often a
+    core or a package of an x86 CPU became too hot.
+    """
+
+    flags: int | None
+    events: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +132,7 @@ def measure(
     """
     _check_bounds(runs=runs, warmup=warmup, seconds=seconds, threads=threads)
     load_average = _load_average()
+    throttling = read_throttling()
     imported_before = "onnxruntime" in sys.modules
     begin = time.perf_counter()
     from edgetune.runtime.model import EdgeModel
@@ -138,6 +155,7 @@ def measure(
     warmed, durations_s = time_calls(
         model.predict, samples, runs=runs, warmup=warmup, seconds=seconds
     )
+    throttled = was_throttled(throttling, read_throttling())
     latency = summarize(durations_s)
     return Measurement(
         threads=threads or model.manifest.session.intra_op_threads,
@@ -155,7 +173,7 @@ def measure(
         first_predict_ms=first_predict_ms,
         rss_before_load_mib=rss_before_load,
         peak_rss_mib=peak_rss_mib(),
-        machine=_machine(onnxruntime=version(), load_average=load_average),
+        machine=_machine(onnxruntime=version(), load_average=load_average, throttled=throttled),
     )
 
 
@@ -238,6 +256,33 @@ def peak_rss_mib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def read_throttling() -> Throttling:
+    """Ask the Raspberry Pi's firmware and the x86 CPU's counters."""
+    counts = _readings(
+        Path("/sys/devices/system/cpu"), "cpu[0-9]*/thermal_throttle/*_throttle_count"
+    )
+    return Throttling(flags=_firmware_flags(), events=sum(counts) if counts else None)
+
+
+def was_throttled(before: Throttling, after: Throttling) -> bool | None:
+    """Say whether the clock was held down between two readings; None where neither tells.
+
+    Bits 1, 2 and 3 of the firmware's flags say that it is now: frequency capped, throttled,
+    soft temperature limit; bits 17, 18 and 19 that it was since boot.
+
+    Source: Raspberry Pi documentation, "vcgencmd", get_throttled; Linux, "Intel thermal
+    throttle events reporting".
+    """
+    answers = []
+    if before.flags is not None and after.flags is not None:
+        now, since_boot = 0b1110, 0b1110 << 16
+        began = after.flags & ~before.flags & since_boot
+        answers.append(bool((before.flags | after.flags) & now or began))
+    if before.events is not None and after.events is not None:
+        answers.append(after.events > before.events)
+    return any(answers) if answers else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the bundle named on the command line, print JSON, return the exit code."""
     parser = argparse.ArgumentParser(
@@ -278,7 +323,9 @@ def _check_bounds(*, runs: int, warmup: int, seconds: float, threads: int | None
         raise ConfigError(f"threads: expected at least 1, got {threads}")
 
 
-def _machine(*, onnxruntime: str, load_average: tuple[float, ...] | None) -> Machine:
+def _machine(
+    *, onnxruntime: str, load_average: tuple[float, ...] | None, throttled: bool | None
+) -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpus = Path("/sys/devices/system/cpu")
     khz = _readings(cpus, "cpu[0-9]*/cpufreq/scaling_cur_freq")
@@ -295,7 +342,34 @@ def _machine(*, onnxruntime: str, load_average: tuple[float, ...] | None) -> Mac
         cpu_mhz=max(khz) / 1e3 if khz else None,
         cpu_max_mhz=max(max_khz) / 1e3 if max_khz else None,
         temperature_c=max(millidegrees) / 1e3 if millidegrees else None,
+        throttled=throttled,
+        governor=_governor(cpus),
     )
+
+
+def _firmware_flags() -> int | None:
+    """Return what `vcgencmd get_throttled` prints: "throttled=0x50000"."""
+    if not any(Path(folder, "vcgencmd").is_file() for folder in os.get_exec_path()):
+        return None
+    import subprocess  # only here: its memory is no part of a bundle's
+
+    try:
+        done = subprocess.run(
+            ["vcgencmd", "get_throttled"], capture_output=True, text=True, check=True, timeout=5
+        )
+        return int(done.stdout.strip().removeprefix("throttled="), 16)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _governor(cpus: Path) -> str | None:
+    governors = set()
+    for path in cpus.glob("cpu[0-9]*/cpufreq/scaling_governor"):
+        try:
+            governors.add(path.read_text().strip())
+        except OSError:
+            continue
+    return ", ".join(sorted(governors)) or None
 
 
 def _load_average() -> tuple[float, ...] | None:

@@ -21,8 +21,8 @@ from edgetune.errors import ConfigError, DataError
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
 
-_Counts = npt.NDArray[np.int64]
-_Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 CALIBRATION_BINS = 15
 
@@ -32,10 +32,10 @@ _CHUNK_ELEMENTS = 1_048_576
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A number and its percentile bootstrap interval, 95 % where nothing else is said.
+    """A number and its interval: percentile bootstrap, 95 %, where nothing else is said.
 
-    Where every resample gives the same number (no mistake at all, for one) the interval has
-    no width; that is the bootstrap's limit, not certainty.
+    Where every resample gives the same number (no mistake at all, for one) a bootstrap
+    interval has no width; that is the bootstrap's limit, not certainty.
     """
 
     value: float
@@ -108,9 +108,9 @@ def confusion_matrix(truth: IntArray, predicted: IntArray, classes: int) -> IntA
     Raises:
         DataError: there are no samples, the shapes differ, or an index is out of range.
     """
-    truth = _class_indices("truth", truth, classes)
-    predicted = _class_indices("predicted", predicted, classes)
-    _check_same_length("truth", truth, "predicted", predicted)
+    truth = class_indices("truth", truth, classes)
+    predicted = class_indices("predicted", predicted, classes)
+    check_same_length("truth", truth, "predicted", predicted)
     cells = np.bincount(truth * classes + predicted, minlength=classes * classes)
     return cells.reshape(classes, classes)
 
@@ -152,16 +152,16 @@ def classification_report(
     precision, recall, f1 = _scores(true_positives, predicted_counts, support)
     averages = _averages(true_positives, predicted_counts, support)
     intervals = _report_intervals(confusion, averages, seed=seed, resamples=resamples)
-    loss, calibration_error = None, None
+    loss, miscalibration = None, None
     if probabilities is not None:
-        _check_probabilities(probabilities, confusion)
-        loss = _log_loss(truth, probabilities)
-        calibration_error = _calibration_error(truth, predicted, probabilities)
+        check_probabilities("probabilities", probabilities, (len(truth), len(labels)))
+        loss = log_loss(truth, probabilities)
+        miscalibration = calibration_error(truth, predicted, probabilities)
     return ClassificationReport(
         samples=int(confusion.sum()),
         **intervals,
         log_loss=loss,
-        expected_calibration_error=calibration_error,
+        expected_calibration_error=miscalibration,
         per_class=tuple(
             ClassScores(
                 label=label,
@@ -205,11 +205,11 @@ def paired_drop(
         ConfigError: `resamples` or `confidence` is out of range.
     """
     classes = len(labels)
-    truth = _class_indices("truth", truth, classes)
-    reference = _class_indices("reference", reference, classes)
-    candidate = _class_indices("candidate", candidate, classes)
-    _check_same_length("truth", truth, "reference", reference)
-    _check_same_length("truth", truth, "candidate", candidate)
+    truth = class_indices("truth", truth, classes)
+    reference = class_indices("reference", reference, classes)
+    candidate = class_indices("candidate", candidate, classes)
+    check_same_length("truth", truth, "reference", reference)
+    check_same_length("truth", truth, "candidate", candidate)
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence: expected a number between 0 and 1, got {confidence}")
     samples = len(truth)
@@ -217,7 +217,7 @@ def paired_drop(
     value = float(loss.mean())
     cells = np.bincount(loss + 1, minlength=3)  # samples with loss -1, 0, 1
     drops = np.concatenate(
-        [(draw[:, 2] - draw[:, 0]) / samples for draw in _resample(cells, seed, resamples)]
+        [(draw[:, 2] - draw[:, 0]) / samples for draw in resample(cells, seed, resamples)]
     )
     support = np.bincount(truth, minlength=classes)
     lost_recall = np.bincount(truth, weights=loss, minlength=classes) / np.maximum(support, 1)
@@ -225,7 +225,7 @@ def paired_drop(
     return PairedDrop(
         reference=float(np.mean(reference == truth)),
         candidate=float(np.mean(candidate == truth)),
-        drop=_interval(value, drops, confidence),
+        drop=percentile_interval(value, drops, confidence),
         agreement=float(np.mean(reference == candidate)),
         worst_class=labels[worst],
         worst_class_drop=float(lost_recall[worst]),
@@ -233,31 +233,47 @@ def paired_drop(
     )
 
 
+def averages_of_cells(
+    draw: Counts, rows: Counts, columns: Counts, classes: int
+) -> dict[str, Floats]:
+    """Return accuracy and the macro and weighted averages of drawn confusion matrices.
+
+    Args:
+        draw: samples in each cell, shape (resamples, cells).
+        rows: the true class of each cell, shape (cells,); a class pair may occur again.
+        columns: the predicted class of each cell, shape (cells,).
+        classes: number of classes.
+
+    Returns:
+        Metrics named as `ClassificationReport`'s, each of shape (resamples,). Macro averages
+        run over the classes that occur in the resample.
+    """
+    right = rows == columns
+    return _averages(
+        _sum_groups(draw[:, right], rows[right], classes),
+        _sum_groups(draw, columns, classes),
+        _sum_groups(draw, rows, classes),
+    )
+
+
 def _report_intervals(
-    confusion: _Counts, averages: Mapping[str, _Floats], *, seed: int, resamples: int
+    confusion: Counts, averages: Mapping[str, Floats], *, seed: int, resamples: int
 ) -> dict[str, Interval]:
-    rows, columns = np.nonzero(confusion)  # in row order
-    by_column = np.argsort(columns, kind="stable")
+    rows, columns = np.nonzero(confusion)
     classes = len(confusion)
-    on_diagonal = rows == columns
-    drawn: dict[str, list[_Floats]] = {name: [] for name in averages}
-    cells = confusion[rows, columns]
-    for draw in _resample(cells, seed, resamples, width=classes):  # (chunk, cells)
-        true_positives = np.zeros((len(draw), classes), np.int64)
-        true_positives[:, rows[on_diagonal]] = draw[:, on_diagonal]
-        predicted_counts = _sum_groups(draw[:, by_column], columns[by_column], classes)
-        support = _sum_groups(draw, rows, classes)
-        for name, values in _averages(true_positives, predicted_counts, support).items():
+    drawn: dict[str, list[Floats]] = {name: [] for name in averages}
+    for draw in resample(confusion[rows, columns], seed, resamples, width=classes):
+        for name, values in averages_of_cells(draw, rows, columns, classes).items():
             drawn[name].append(values)
     return {
-        name: _interval(float(value[0]), np.concatenate(drawn[name]), 0.95)
+        name: percentile_interval(float(value[0]), np.concatenate(drawn[name]), 0.95)
         for name, value in averages.items()
     }
 
 
 def _averages(
-    true_positives: _Counts, predicted_counts: _Counts, support: _Counts
-) -> dict[str, _Floats]:
+    true_positives: Counts, predicted_counts: Counts, support: Counts
+) -> dict[str, Floats]:
     """Average per-class counts, each (resamples, classes), to metrics, each (resamples,)."""
     samples = support.sum(axis=1)
     occurs = (support > 0) | (predicted_counts > 0)
@@ -271,8 +287,8 @@ def _averages(
 
 
 def _scores(
-    true_positives: _Counts, predicted_counts: _Counts, support: _Counts
-) -> tuple[_Floats, _Floats, _Floats]:
+    true_positives: Counts, predicted_counts: Counts, support: Counts
+) -> tuple[Floats, Floats, Floats]:
     """Return precision, recall and F1 of each class, the shape of the counts; 0 / 0 is 0."""
     precision = true_positives / np.maximum(predicted_counts, 1)
     recall = true_positives / np.maximum(support, 1)
@@ -280,15 +296,17 @@ def _scores(
     return precision, recall, f1
 
 
-def _sum_groups(counts: _Counts, groups: _Counts, classes: int) -> _Counts:
-    """Sum columns of `counts`, (resamples, cells), that share a group; `groups` ascends."""
-    present, starts = np.unique(groups, return_index=True)
+def _sum_groups(counts: Counts, groups: Counts, classes: int) -> Counts:
+    """Sum columns of `counts`, (resamples, cells), that share a group."""
     sums = np.zeros((len(counts), classes), np.int64)
-    sums[:, present] = np.add.reduceat(counts, starts, axis=1)
+    if len(groups) > 0:
+        order = np.argsort(groups, kind="stable")
+        present, starts = np.unique(groups[order], return_index=True)
+        sums[:, present] = np.add.reduceat(counts[:, order], starts, axis=1)
     return sums
 
 
-def _resample(cells: _Counts, seed: int, resamples: int, *, width: int = 0) -> Iterator[_Counts]:
+def resample(cells: Counts, seed: int, resamples: int, *, width: int = 0) -> Iterator[Counts]:
     """Draw bootstrap counts, (chunk, cells), in chunks that also bound (chunk, width) arrays."""
     if resamples < 1:
         raise ConfigError(f"resamples: expected 1 or more, got {resamples}")
@@ -300,19 +318,21 @@ def _resample(cells: _Counts, seed: int, resamples: int, *, width: int = 0) -> I
         yield random.multinomial(samples, shares, size=min(chunk, resamples - start))
 
 
-def _interval(value: float, resampled: _Floats, confidence: float) -> Interval:
+def percentile_interval(value: float, resampled: Floats, confidence: float) -> Interval:
+    """Return `value` between the percentiles of `resampled` that hold `confidence` of it."""
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(resampled, (tail, 1.0 - tail))
     return Interval(value=value, low=float(low), high=float(high))
 
 
-def _log_loss(truth: IntArray, probabilities: FloatArray) -> float:
+def log_loss(truth: IntArray, probabilities: FloatArray) -> float:
+    """Return the mean of -ln p(truth), clipped at the type's epsilon; arguments are checked."""
     given = probabilities[np.arange(len(truth)), truth].astype(np.float64)  # (samples,)
     epsilon = float(np.finfo(probabilities.dtype).eps)
     return float(-np.log(np.clip(given, epsilon, 1.0 - epsilon)).mean())
 
 
-def _calibration_error(truth: IntArray, predicted: IntArray, probabilities: FloatArray) -> float:
+def calibration_error(truth: IntArray, predicted: IntArray, probabilities: FloatArray) -> float:
     """Return how far confidence lies from accuracy on average, in [0, 1].
 
     Confidence is the probability of the predicted class. Samples fall into bins of equal
@@ -330,7 +350,12 @@ def _calibration_error(truth: IntArray, predicted: IntArray, probabilities: Floa
     return float(np.abs(correct - expected).sum() / samples)
 
 
-def _class_indices(name: str, values: IntArray, classes: int) -> _Counts:
+def class_indices(name: str, values: IntArray, classes: int) -> Counts:
+    """Return `values` as int64.
+
+    Raises:
+        DataError: they are no class indices of shape (samples,), samples > 0.
+    """
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise DataError(
             f"{name}: expected class indices of shape (samples,), integers;"
@@ -345,7 +370,12 @@ def _class_indices(name: str, values: IntArray, classes: int) -> _Counts:
     return values.astype(np.int64)
 
 
-def _check_same_length(name: str, values: IntArray, other: str, others: IntArray) -> None:
+def check_same_length(name: str, values: IntArray, other: str, others: IntArray) -> None:
+    """Refuse two lists of samples that differ in length.
+
+    Raises:
+        DataError: they do.
+    """
     if len(values) != len(others):
         raise DataError(
             f"expected as many {other} as {name}, got {len(others)} {other}"
@@ -353,11 +383,20 @@ def _check_same_length(name: str, values: IntArray, other: str, others: IntArray
         )
 
 
-def _check_probabilities(probabilities: FloatArray, confusion: _Counts) -> None:
-    shape = (int(confusion.sum()), len(confusion))
+def check_probabilities(name: str, probabilities: FloatArray, shape: tuple[int, int]) -> None:
+    """Refuse what is not one row of probabilities for each sample.
+
+    Args:
+        name: what `probabilities` are, for the message.
+        probabilities: what to check.
+        shape: (samples, classes) that they must have.
+
+    Raises:
+        DataError: the shape or type is another, or a row does not sum to 1.
+    """
     if probabilities.shape != shape or not np.issubdtype(probabilities.dtype, np.floating):
         raise DataError(
-            f"probabilities: expected floats of shape (samples, classes) = {shape},"
+            f"{name}: expected floats of shape (samples, classes) = {shape},"
             f" got shape {probabilities.shape}, {probabilities.dtype}"
         )
     # half precision sums to 1 only roughly
@@ -367,6 +406,6 @@ def _check_probabilities(probabilities: FloatArray, confusion: _Counts) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise DataError(
-            f"probabilities: expected rows of numbers from 0 to 1 that sum to 1; row {row} sums"
+            f"{name}: expected rows of numbers from 0 to 1 that sum to 1; row {row} sums"
             f" to {sums[row]:.6g} (logits need a softmax first)"
         )
