@@ -1,13 +1,17 @@
 """What the benchmarks share: the machine they ran on, the data they need, Markdown."""
 
+import csv
 import datetime
+import gzip
 import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -27,6 +31,9 @@ COMMANDS = REPOSITORY / "examples" / "device-commands"
 FLOWERS = Path("images/flowers5.zip")
 MOBILENET_V2 = Path("weights/mobilenet_v2_1.0_224-imagenet")
 BANKING77 = (Path("text/banking77_train.csv.gz"), Path("text/banking77_test.csv.gz"))
+SST2 = (Path("text/sst2_train.tsv.gz"), Path("text/sst2_dev.tsv.gz"))
+CIFAR10 = (Path("images/cifar10_lossless.npz"), Path("images/cifar10_jpeg_test.zip"))
+HIDE_VNNI = REPOSITORY / "tests" / "quantize" / "hide_vnni.c"
 PACKAGES = (
     "torch", "torchvision", "transformers", "peft", "accelerate", "onnx", "onnxruntime",
     "tokenizers", "numpy", "edgetune",
@@ -153,11 +160,71 @@ def unpack(archive: Path, folder: Path) -> Path:
     return folder
 
 
+def thin_out(root: Path, most: int) -> None:
+    """Leave `most` images in each class folder of each split."""
+    for folder in root.glob("*/*"):
+        for path in sorted(folder.iterdir())[most:]:
+            path.unlink()
+
+
+def first_rows(table: Path, folder: Path, most: int) -> Path:
+    """Copy a .csv.gz or .tsv.gz, its first `most` rows of each class, to a plain table.
+
+    The label is the last column; a TSV has no quotes.
+    """
+    target = folder / table.name.removesuffix(".gz")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    seen: Counter[str] = Counter()
+    with (
+        gzip.open(table, "rt", encoding="utf-8", newline="") as source,
+        target.open("w", encoding="utf-8", newline="") as file,
+    ):
+        if target.suffix == ".tsv":
+            rows = csv.reader(source, delimiter="\t", quoting=csv.QUOTE_NONE)
+            writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
+        else:
+            rows, writer = csv.reader(source), csv.writer(file)
+        writer.writerow(next(rows))
+        for row in rows:
+            seen[row[-1]] += 1
+            if seen[row[-1]] <= most:
+                writer.writerow(row)
+    return target
+
+
+def vnni_hider(folder: Path) -> tuple[Path | None, str]:
+    """Build a library that, preloaded, gives a process the arithmetic of a CPU without VNNI.
+
+    Returns:
+        Its path, or None and why there is none.
+    """
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return None, "this system has no /proc/cpuinfo"
+    if not words & {"avx512_vnni", "avx_vnni"}:
+        return None, "this CPU has no VNNI that could be hidden"
+    gcc = shutil.which("gcc")
+    if "cpuid_fault" not in words or gcc is None:
+        return None, "VNNI cannot be hidden: that takes gcc and a CPU with cpuid_fault"
+    library = folder / "hide_vnni.so"
+    command = [gcc, "-O2", "-shared", "-fPIC", "-o", str(library), str(HIDE_VNNI)]
+    subprocess.run(command, check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run([sys.executable, "-c", ""], env=environment, check=False)
+    if done.returncode:
+        return None, "VNNI cannot be hidden: the kernel does not let CPUID fault"
+    return library, ""
+
+
 @contextmanager
-def workplace(folder: Path | None) -> Iterator[Path]:
-    """Yield a folder to work in: `folder`, which stays, or a temporary one, which goes."""
+def workplace(folder: Path | None, *, may_exist: bool = False) -> Iterator[Path]:
+    """Yield a folder to work in: `folder`, which stays, or a temporary one, which goes.
+
+    `may_exist` says that the caller goes on with what it finds in `folder`.
+    """
     if folder is not None:
-        if folder.exists() and any(folder.iterdir()):
+        if not may_exist and folder.exists() and any(folder.iterdir()):
             quit_unable(f"{folder}: exists already; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         yield folder.resolve()

@@ -26,7 +26,6 @@ from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
 from edgetune.tasks import TASKS
 from edgetune.train import open_run, run_dataset, train
 
-
 TO_INT8 = {
     "profile": "x86-64-avx2", "precision": "int8", "max_drop": 1.0, "name": "case",
     "allow": ("speed",),
@@ -160,7 +159,7 @@ def test_run_and_bundle_are_evaluated_on_any_split(case):
 def ruined(monkeypatch):
     """A ladder of one rung that ruins the graph: the last layer's weights become zero."""
 
-    def ruin(shop, source):
+    def ruin(_, source):
         model = onnx.ModelProto()
         model.CopyFrom(source.model)
         last = {t.name: t for t in model.graph.initializer}
@@ -178,8 +177,10 @@ def ruined(monkeypatch):
 
 @pytest.mark.usefixtures("ruined")
 def test_a_loss_beyond_the_allowed_exits_with_the_numbers_and_writes_no_bundle(case, tmp_path):
-    with pytest.raises(GateError, match=r"nearest of 2 is ruin: .*loses \d+\.\d+ points"):
-        export(case.run, output=tmp_path / "bundle", precision="int8", allow=("speed",))
+    with pytest.raises(GateError, match=r"nearest of 2 is ruin: .*loses \d+(\.\d+)? points"):
+        export(
+            case.run, output=tmp_path / "bundle", precision="int8", allow=("speed",), max_drop=0.4
+        )
     # what was tried can be read, and nothing else is there
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"bundle.report.html", "bundle.search.json"}
@@ -191,7 +192,7 @@ def test_a_loss_beyond_the_allowed_exits_with_the_numbers_and_writes_no_bundle(c
 
 @pytest.mark.usefixtures("ruined")
 def test_fp32_is_shipped_where_nothing_smaller_is_good_enough_and_that_is_said(case, tmp_path):
-    result = export(case.run, output=tmp_path / "bundle")
+    result = export(case.run, output=tmp_path / "bundle", max_drop=0.4)
     assert (result.precision, result.comparison) == ("fp32", None)
     assert "no smaller graph was good enough: the closest, ruin" in result.notes[0]
 
@@ -199,11 +200,21 @@ def test_fp32_is_shipped_where_nothing_smaller_is_good_enough_and_that_is_said(c
 @pytest.mark.usefixtures("ruined")
 def test_what_is_allowed_is_shipped_and_recorded(case, tmp_path):
     allow = ("accuracy", "samples", "speed")
-    result = export(case.run, output=tmp_path / "bundle", precision="int8", allow=allow)
+    result = export(
+        case.run, output=tmp_path / "bundle", precision="int8", allow=allow, max_drop=0.4
+    )
     overrides = open_bundle(result.bundle).manifest.overrides
     assert overrides[0].startswith("accuracy: ")
     card = (result.bundle / "MODEL_CARD.md").read_text()
     assert "Limits that were overridden when this was made: accuracy: " in card
+
+
+def test_too_few_samples_to_tell_are_no_pass(case, tmp_path):
+    result = export(case.run, output=tmp_path / "bundle", max_drop=0.001)
+    assert result.precision == "fp32"
+    assert "validation samples cannot show a loss of at most 0.1 points" in result.notes[0]
+    with pytest.raises(GateError, match=r"nothing was tried for host: \d+ validation samples"):
+        export(case.run, output=tmp_path / "other", max_drop=0.001, precision="int8")
 
 
 def test_a_second_export_makes_and_measures_nothing(case, tmp_path):

@@ -141,21 +141,27 @@ def export(
         GateError: the graph differs from torch, or no candidate meets every budget. No bundle is
             written, but the report is.
     """
+    # mistakes that can be told at once come before the work
+    device = load_profile(profile)
+    budgets = Budgets(
+        max_drop=max_drop,
+        max_class_drop=max_class_drop,
+        max_latency_ms=max_latency_ms,
+        max_size_mib=max_size_mib,
+        max_rss_mib=max_rss_mib,
+    )
+    check_allowed(allow)
+    if output is not None:
+        _check_arguments(output, release, time_budget_s)
     run = open_run(run_folder)
     return export_run(
         run,
         run_dataset(run),
-        load_profile(profile),
+        device,
         output=output,
         precision=precision,
         rungs=rungs,
-        budgets=Budgets(
-            max_drop=max_drop,
-            max_class_drop=max_class_drop,
-            max_latency_ms=max_latency_ms,
-            max_size_mib=max_size_mib,
-            max_rss_mib=max_rss_mib,
-        ),
+        budgets=budgets,
         search=search,
         time_budget_s=time_budget_s,
         allow=allow,
@@ -197,6 +203,8 @@ def export_run(
         exporter.budgets = _with_profile(budgets or Budgets(), profile)
         exporter.allowed = allowed
         exporter.search = search
+        # what was asked for by its name is tried, whatever its place on the ladder
+        exporter.named = {r.name for r in chosen_rungs} if rungs or precision == "int4" else set()
         exporter.deadline = time.monotonic() + (time_budget_s or float("inf"))
         exporter.fp32_will_do = precision in ("auto", "fp32") and (not rungs or "fp32" in rungs)
         return exporter.export(chosen_rungs)
@@ -212,6 +220,7 @@ class _Exporter:
     budgets: Budgets
     allowed: tuple[Lack, ...]
     search: Search
+    named: set[str]
     deadline: float
     fp32_will_do: bool
 
@@ -297,7 +306,7 @@ class _Exporter:
             rung, reason = by_name[step[0]], step[1]
             if not reason:
                 reason = self._hopeless()
-            if not reason and rung.explore and not self._explores():
+            if not reason and rung.explore and not (rung.name in self.named or self._explores()):
                 reason = "only tried where the others cost too much, or with --search pareto"
             if not reason and time.monotonic() > self.deadline:
                 reason = "the time budget was spent"
@@ -337,7 +346,8 @@ class _Exporter:
         begin = time.monotonic()
         source = self.shop.source(
             rung.source,
-            lambda: student(self.shop, rung.source, seconds=self.deadline - time.monotonic()),
+            # the rest of the time is for those that follow
+            lambda: student(self.shop, rung.source, seconds=(self.deadline - time.monotonic()) / 2),
         )
         built, cached = build(self.shop, rung, source)
         candidate = self.laboratory.measure(rung, source, built, made_from_cache=cached)

@@ -115,12 +115,22 @@ def model_key(model: onnx.ModelProto) -> str:
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[:32]
 
 
+def structure_key(model: onnx.ModelProto) -> str:
+    """Return the hash of a graph without its weights' values: graphs of one cost the same."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for tensor in bare.graph.initializer:
+        if len(tensor.raw_data) > _SHAPE_BYTES:
+            tensor.raw_data = b""
+    return model_key(bare)
+
+
 def split_key(split: Split) -> str:
     """Return the hash of a split's samples and labels; of images, of the files' bytes."""
     digest = hashlib.sha256()
     for value, label in zip(split.inputs, split.labels, strict=True):
-        path = Path(value) if len(value) < 1024 else None
-        data = path.read_bytes() if path is not None and _is_file(path) else value.encode()
+        path = Path(value)
+        data = path.read_bytes() if _is_file(path) else value.encode()
         digest.update(hashlib.sha256(data).digest())
         digest.update(label.encode() + b"\0")
     return digest.hexdigest()[:32]
@@ -138,6 +148,8 @@ def code_key() -> str:
     return digest.hexdigest()[:32]
 
 
+# larger constants are weights, smaller ones shapes and axes, which decide what is computed
+_SHAPE_BYTES = 256
 # parts of the package that change no graph and no measurement
 _NO_EFFECT = ("cli", "demo", "profiles")
 
@@ -148,6 +160,7 @@ def _text(part: str | Mapping[str, Any] | list[Any]) -> str:
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
+        # images have absolute paths; a word that happens to name a file here is a text
+        return path.is_absolute() and path.is_file()
     except (OSError, ValueError):  # a text that is no path
         return False

@@ -15,10 +15,10 @@ from edgetune.bench.database import find, graph_key, host_ratio
 from edgetune.bench.evaluate import Answers, answer_bundle, answers_of
 from edgetune.bench.latency import bench
 from edgetune.data import Split
-from edgetune.export.cache import code_key, key_of, model_key, split_key
+from edgetune.export.cache import code_key, key_of, model_key, split_key, structure_key
 from edgetune.export.pack import write_draft, write_goldens, write_manifest
 from edgetune.export.records import Arithmetic, LatencyBasis
-from edgetune.export.rungs import Rung
+from edgetune.export.rungs import X64_PRECISION, Rung
 from edgetune.export.search import Budgets, Facts, Lack
 from edgetune.export.workshop import Built, Source, Workshop, spread
 from edgetune.profile import DeviceProfile, host_profile
@@ -127,7 +127,7 @@ class Laboratory:
             faithful = self._draft(f"{rung.name}-emulated", answering, built, source)
         self._add_goldens(folder, faithful, built.precision)
         gated, known = self.answer(faithful, answering, self.val)
-        cost, timed = self._cost(folder)
+        cost, timed = self._cost(folder, built.model)
         return Candidate(
             rung=rung,
             built=built,
@@ -175,10 +175,12 @@ class Laboratory:
     def _as_on_device(self, built: Built) -> tuple[onnx.ModelProto, Arithmetic]:
         """Return the graph that answers here as the profile's CPU answers."""
         wanted = self.shop.profile.cpu.int8
+        if built.session.get(X64_PRECISION) == "1":
+            wanted = "exact"
         if built.precision not in ("int8", "int4") or wanted == host_arithmetic():
             return built.model, "native"
         emulated = emulate(built.model, wanted)
-        if emulated.SerializeToString() == built.model.SerializeToString():
+        if emulated is built.model:
             return built.model, "native"  # nothing in it that the CPUs do differently
         return emulated, "emulated: exact" if wanted == "exact" else "emulated: saturates"
 
@@ -215,19 +217,19 @@ class Laboratory:
         goldens = Goldens(count=len(samples), tolerance=round(tolerance, 6))
         write_manifest(folder, dataclasses.replace(manifest, goldens=goldens))
 
-    def _cost(self, folder: Path) -> tuple[Cost, bool]:
+    def _cost(self, folder: Path, model: onnx.ModelProto) -> tuple[Cost, bool]:
         manifest = open_bundle(folder).manifest
         threads = _threads(self.shop.profile)
         key = key_of(
-            graph_key(manifest), cpu_model(), str(threads), onnxruntime.__version__, code_key()
-        )
+            structure_key(model), dict(manifest.session.config), cpu_model(), str(threads),
+            onnxruntime.__version__, code_key(),
+        )  # fmt: skip
 
         def make() -> Any:
             self.shop.say(f"timing {folder.name} in a fresh process, {threads} threads")
-            # with as many of the profile's threads as this machine has
-            report = bench(folder, runs=100, warmup=5, seconds=3.0, threads=threads, cold_starts=0)
-            found = report.measurement
-            return [found.latency_p50_ms, found.latency_p95_ms, found.peak_rss_mib]
+            # other work on the machine only ever adds to a time: the better of two counts
+            runs = [_bench(folder, threads) for _ in range(2)]
+            return [min(r[0] for r in runs), min(r[1] for r in runs), runs[0][2]]
 
         (p50, p95, rss), known = self.shop.cache.json("cost", key, make)
         return cost_on(self.shop.profile, manifest, p50, p95, rss), known
@@ -296,5 +298,13 @@ def raw_sample(task: DeviceTask, split: Split, index: int) -> Any:
     return task.encode(value).get("image", value)
 
 
+def _bench(folder: Path, threads: int) -> tuple[float, float, float | None]:
+    """Return p50 and p95 in ms and peak memory in MiB of a fresh process."""
+    report = bench(folder, runs=100, warmup=5, seconds=2.0, threads=threads, cold_starts=0)
+    found = report.measurement
+    return found.latency_p50_ms, found.latency_p95_ms, found.peak_rss_mib
+
+
 def _threads(profile: DeviceProfile) -> int:
+    """Return as many of the profile's threads as this machine has."""
     return min(profile.runtime.intra_op_threads, host_profile().cpu.cores)

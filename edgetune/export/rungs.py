@@ -14,6 +14,7 @@ import onnxruntime
 
 from edgetune.errors import ConfigError
 from edgetune.export.cache import code_key, key_of
+from edgetune.export.records import Repair
 from edgetune.export.workshop import PROBE_SAMPLES, Built, Source, Workshop
 from edgetune.profile import DeviceProfile
 from edgetune.quantize.arithmetic import LayerSaturation, saturation
@@ -32,6 +33,9 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 # what stays float is not small: no more of the parameters than this
 MOST_FLOAT_PARAMETERS = 0.25
 TEXT_BATCH = 8
+# onnxruntime's session option: u8 x u8 kernels on x86 whatever the weights
+X64_PRECISION = "session.x64quantprecision"
+_REPAIR_CODES: dict[str, WeightCode] = {"u8 weights": "u8", "reduced range": "s7"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Rung:
     make: (workshop, source, **settings) -> the graph.
     source: "run", or the name of a student.
     explore: tried by the Pareto search only, or where the others cost too much.
+    saturating_only: has a point only on CPUs whose sums saturate.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Rung:
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = "run"
     explore: bool = False
+    saturating_only: bool = False
 
 
 def leave_fp32(shop: Workshop, source: Source) -> Built:  # noqa: ARG001
@@ -81,11 +87,13 @@ def make_static(
     corrected: bool = False,
     smoothed: bool = False,
     float_share: float = 0.0,
+    repair: Repair = "u8 weights",
 ) -> Built:
     """Quantize weights per channel and activations by calibrated ranges.
 
-    On profiles that saturate, layers that do so on real samples get u8 weights: the same values,
-    summed exactly.
+    On profiles that saturate, layers that do so on real samples are repaired: "u8 weights" are the
+    same values, summed exactly, by a slower kernel; a "reduced range" keeps the kernel and costs a
+    bit of precision; "x64quantprecision" has onnxruntime take the slower kernel for every layer.
     """
     source = _prepared(shop, source, equalized=equalized, smoothed=smoothed)
     damage: list[Damage] = []
@@ -96,19 +104,21 @@ def make_static(
     plan = plan_static(source.model, keep_float=kept)
     ranges = shop.ranges(source, plan, method)
     quantized = write_static(source.model, plan, ranges)
-    repairs: dict[str, str] = {}
+    repairs: dict[str, Repair] = {}
     found: list[LayerSaturation] = []
     if shop.profile.cpu.int8 == "saturates":
         shop.say("looking for sums that saturate")
         found = saturation(quantized, shop.feeds(PROBE_SAMPLES))
-        repairs = {s.node: "u8 weights" for s in found if s.saturated}
-        codes: dict[str, WeightCode] = dict.fromkeys(repairs, "u8")
-        quantized = write_static(source.model, plan, ranges, layer_codes=codes)
+        repairs = {s.node: repair for s in found if s.saturated}
+        if repair in _REPAIR_CODES:
+            codes = dict.fromkeys(repairs, _REPAIR_CODES[repair])
+            quantized = write_static(source.model, plan, ranges, layer_codes=codes)
     if corrected:
         quantized = correct_bias(source.model, quantized, shop.feeds(PROBE_SAMPLES))
     return Built(
         model=quantize_embeddings(quantized),
         precision="int8",
+        session={X64_PRECISION: "1"} if repairs and repair == "x64quantprecision" else {},
         repairs=repairs,
         saturation=tuple(
             (s.node, s.candidate_pairs, s.saturated / max(1, s.pair_sums), float(s.worst_error))
@@ -171,6 +181,16 @@ RUNGS: tuple[Rung, ...] = (
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
     ),
     Rung(
+        name="int8-static-reduced", about="int8-static, 7-bit weights where sums would saturate",
+        precision="int8", shape="int8-static-reduced", suits=("static",), make=make_static,
+        settings={"repair": "reduced range"}, saturating_only=True,
+    ),
+    Rung(
+        name="int8-static-precise", about="int8-static, onnxruntime set to exact sums",
+        precision="int8", shape="int8-static-precise", suits=("static",), make=make_static,
+        settings={"repair": "x64quantprecision"}, saturating_only=True,
+    ),
+    Rung(
         name="int8-static-mse", about="int8 per channel, ranges of least squared error",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
         settings={"method": "mse"},
@@ -204,21 +224,6 @@ RUNGS: tuple[Rung, ...] = (
         name="int8-mixed-25", about="int8-static, the worst quarter of the layers in float",
         precision="int8", shape="int8-mixed-25", suits=("static",), make=make_static,
         settings={"method": "mse", "float_share": 0.25},
-    ),
-    Rung(
-        name="int8-qat-lora", about="a short quantization-aware fine-tune of LoRA, then int8",
-        precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
-        source="qat-lora",
-    ),
-    Rung(
-        name="int8-qat", about="a short quantization-aware fine-tune of all weights, then int8",
-        precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
-        source="qat",
-    ),
-    Rung(
-        name="int8-static-qat", about="a short quantization-aware fine-tune of all weights, int8",
-        precision="int8", shape="int8-static", suits=("static",), make=make_static,
-        settings={"method": "mse"}, source="qat",
     ),
     Rung(
         name="int4-blocks", about="4-bit weights in blocks of 32 (HQQ), float activations",
@@ -266,6 +271,21 @@ RUNGS: tuple[Rung, ...] = (
             ("image-71", "images of 0.71 times the side"),
         )
     ),
+    Rung(
+        name="int8-qat-lora", about="a short quantization-aware fine-tune of LoRA, then int8",
+        precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
+        source="qat-lora",
+    ),
+    Rung(
+        name="int8-qat", about="a short quantization-aware fine-tune of all weights, then int8",
+        precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
+        source="qat",
+    ),
+    Rung(
+        name="int8-static-qat", about="a short quantization-aware fine-tune of all weights, int8",
+        precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        settings={"method": "mse"}, source="qat",
+    ),
 )  # fmt: skip
 FP32 = Rung(
     name="fp32", about="the trained model as it is", precision="fp32", shape="fp32",
@@ -296,6 +316,7 @@ def rungs_for(
         rung
         for rung in RUNGS
         if int8 in rung.suits
+        and (profile.cpu.int8 == "saturates" or not rung.saturating_only)
         and has.get(rung.precision, True)
         and precision in ("auto", rung.precision)
         and (not only or rung.name in only)

@@ -65,7 +65,7 @@ def search_report(
         attempts=tuple(attempts),
         layers=() if probed is None else _layers(probed),
         saturation=() if repaired is None else _saturation(repaired),
-        verdict=verdict_sentence(tried, chosen, profile, allowed),
+        verdict=verdict_sentence(tried, passed_over, chosen, profile, allowed),
         notes=tuple(notes),
         facts=_facts(profile, tried[0]),
         overrides=()
@@ -78,6 +78,7 @@ def search_report(
 
 def verdict_sentence(
     tried: Sequence[Candidate],
+    passed_over: Sequence[tuple[Rung, str]],
     chosen: Candidate | None,
     profile: DeviceProfile,
     allowed: Collection[Lack],
@@ -87,8 +88,10 @@ def verdict_sentence(
         missing = {
             c.rung.name: {k: s for k, s in c.missing.items() if k not in allowed} for c in tried
         }
-        if len(missing) > 1 and not missing[FP32.name]:
-            del missing[FP32.name]  # it lacks nothing, but was not asked for
+        if not missing[FP32.name]:  # it lacks nothing, but was not asked for
+            del missing[FP32.name]
+        if not missing:
+            return f"nothing was tried for {profile.name}: {passed_over[0][1]}"
         nearest = closest(missing)
         lacking = "; ".join(sentence.rstrip(".") for sentence in missing[nearest].values())
         return (
@@ -140,7 +143,7 @@ def _layers(candidate: Candidate) -> tuple[LayerDamage, ...]:
             op=op,
             parameters=parameters,
             sqnr_db=sqnr_db,
-            kept="float" if node in kept else "u8" if node in repairs else candidate.precision,
+            kept="float" if node in kept else repairs.get(node, candidate.precision),
         )
         for node, op, parameters, sqnr_db in candidate.built.damage
     )
@@ -153,7 +156,7 @@ def _saturation(candidate: Candidate) -> tuple[LayerSaturationRow, ...]:
             candidate_pairs=pairs,
             saturated_share=share,
             worst_error=error,
-            repair="u8 weights" if candidate.built.repairs.get(node) else "none",
+            repair=candidate.built.repairs.get(node, "none"),
         )
         for node, pairs, share, error in candidate.built.saturation
     )

@@ -14,8 +14,10 @@ import onnxruntime
 from edgetune.data import Dataset
 from edgetune.export.cache import Cache, code_key, key_of, model_key, split_key
 from edgetune.export.graph import export_graph
+from edgetune.export.records import Repair
 from edgetune.profile import DeviceProfile
 from edgetune.quantize.calibrate import Method, Range, calibrate
+from edgetune.quantize.fuse import fuse
 from edgetune.quantize.layers import Feeds, weight_layers
 from edgetune.quantize.qdq import StaticPlan
 from edgetune.quantize.sensitivity import Damage, Quantize, layer_damage
@@ -58,7 +60,7 @@ class Built:
     precision: str
     max_batch: int = 1
     session: Mapping[str, str] = field(default_factory=dict)
-    repairs: Mapping[str, str] = field(default_factory=dict)
+    repairs: Mapping[str, Repair] = field(default_factory=dict)
     damage: tuple[tuple[str, str, int, float], ...] = ()
     saturation: tuple[tuple[str, int, float, float], ...] = ()
     kept_float: tuple[str, ...] = ()
@@ -104,7 +106,7 @@ class Workshop:
         """Return the float graph of that name, exported when it is first asked for."""
         if name not in self._sources:
             task = make()
-            model = export_graph(task.graph(self.run.family.output))
+            model = fuse(export_graph(task.graph(self.run.family.output)))
             self._sources[name] = Source(name=name, model=model, key=model_key(model), task=task)
         return self._sources[name]
 

@@ -21,7 +21,6 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW;
 of onnxruntime), seen through its answers with VNNI and with VNNI hidden.
 """
 
-import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,7 +104,8 @@ def emulate(model: onnx.ModelProto, arithmetic: Arithmetic) -> onnx.ModelProto:
 
     Returns:
         The graph after onnxruntime's "extended" optimizations (so with its own operators), in
-        which layers that could saturate are replaced; the others stay as they were.
+        which layers that could saturate are replaced; the others stay as they were. Where no
+        layer could, every CPU gives the same integers, and the model comes back as it is.
 
     Raises:
         ConfigError: onnxruntime refuses the model, or a layer that could saturate has a form
@@ -113,6 +113,8 @@ def emulate(model: onnx.ModelProto, arithmetic: Arithmetic) -> onnx.ModelProto:
     """
     fused = _fused(model)
     layers = {_key(layer.node): layer for layer in _integer_layers(fused) if layer.pairs.count}
+    if not layers:
+        return model
     graph = _Graph(fused)
     nodes: list[onnx.NodeProto] = []
     for node in fused.graph.node:

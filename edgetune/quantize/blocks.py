@@ -92,7 +92,8 @@ def quantize_weights(
     """Store the weight of every MatMul and Gemm as int8 codes behind a DequantizeLinear.
 
     Plain ONNX, read by every runtime; one symmetric scale per output channel. The file gets
-    smaller, and nothing else: the runtime makes the float weight anew, at load or at each run.
+    smaller, and nothing else by the standard: the float weight is made anew. onnxruntime 1.31
+    turns it into MatMulNBits with 8 bits, which may round activations to int8 too.
     """
     layers = _products(model, keep_float)
     weights = arrays(model)

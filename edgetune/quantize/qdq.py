@@ -35,7 +35,9 @@ _LARGEST = {"s8": 127, "u8": 127, "s7": 63}
 # onnxruntime's CPU kernels on codes; all their inputs are activations
 _ELEMENTWISE = ("Add",)
 # keep the codes they are given
-_SHUFFLES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
+_SHUFFLES = (
+    "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad",
+)  # fmt: skip
 _RECTIFIERS = ("Relu", "Clip")
 # of int32; as much again is left for the sum of products
 _LARGEST_BIAS = 2**30
@@ -49,7 +51,7 @@ class StaticPlan:
 
     layers: the Conv, Gemm and MatMul nodes.
     elementwise, shuffles: names of other nodes.
-    rectifiers: Relu or Clip node -> the layer's node it follows; the range does their work.
+    rectifiers: Relu or Clip node -> the node on codes it follows; the range does its work.
     tensors: the float tensors that get codes.
     """
 
@@ -78,14 +80,20 @@ def plan_static(model: onnx.ModelProto, *, keep_float: Collection[str] = ()) -> 
     shuffles: set[str] = set()
     coded: set[str] = set()  # tensors that a node on codes makes
     wanted: dict[str, None] = {}  # tensors that get codes, in order
+
+    def rectified(node: onnx.NodeProto) -> str:
+        """Return what a node on codes gives, behind the rectifier that follows it if one does."""
+        taker = _only(consumers, node.output[0], outputs)
+        if taker is None or taker.name in quiet or not _rectifies(taker, model):
+            return str(node.output[0])
+        rectifiers[taker.name] = node.name
+        return str(taker.output[0])
+
     for node in model.graph.node:
         if node.name in by_node:
             layer = by_node[node.name]
             wanted[layer.input] = None
-            result, taker = layer.output, _only(consumers, layer.output, outputs)
-            if taker is not None and taker.name not in quiet and _rectifies(taker, model):
-                rectifiers[taker.name] = layer.node
-                result = taker.output[0]
+            result = rectified(node)
             if layer.op == "Conv" or result != layer.output:
                 wanted[result] = None
             coded.add(result)
@@ -94,9 +102,10 @@ def plan_static(model: onnx.ModelProto, *, keep_float: Collection[str] = ()) -> 
         elif node.op_type in _ELEMENTWISE:
             if all(i in coded for i in node.input) and not constants & set(node.input):
                 elementwise.add(node.name)
-                wanted.update(dict.fromkeys([*node.input, node.output[0]]))
-                coded.add(node.output[0])
-        elif node.op_type in _SHUFFLES and node.input[0] in wanted and node.input[0] in coded:
+                result = rectified(node)
+                wanted.update(dict.fromkeys([*node.input, result]))
+                coded.add(result)
+        elif _keeps_codes(node, model) and node.input[0] in wanted and node.input[0] in coded:
             shuffles.add(node.name)
             wanted[node.output[0]] = None
             coded.add(node.output[0])
@@ -210,14 +219,13 @@ class _Writer:
                 continue
             if node.name in self.layers:
                 self._layer(node)
-                if node.name in follow:
-                    del node.output[:]
-                    node.output.append(by_name[follow[node.name]].output[0])
+                self._rectify(node, follow, by_name)
                 self._emit(node, coded=node.output[0] in self.scales, outputs=outputs)
             elif node.name in self.plan.elementwise or node.name in self.plan.shuffles:
                 count = 1 if node.name in self.plan.shuffles else len(node.input)
                 for i in range(count):
                     node.input[i] = self._coded(node.input[i])
+                self._rectify(node, follow, by_name)
                 self._emit(node, coded=True, outputs=outputs)
             else:
                 for i, name in enumerate(node.input):
@@ -227,6 +235,16 @@ class _Writer:
         graph.node.extend(self.nodes)
         self._settle_initializers()
         return self.model
+
+    def _rectify(
+        self,
+        node: onnx.NodeProto,
+        follow: Mapping[str, str],
+        by_name: Mapping[str, onnx.NodeProto],
+    ) -> None:
+        """Let a node give what the rectifier behind it gave: codes below 0 there are none."""
+        if node.name in follow:
+            node.output[0] = by_name[follow[node.name]].output[0]
 
     def _share_scales(self) -> None:
         """Give what a shuffle returns the scale of what it is given: the codes are the same."""
@@ -383,6 +401,14 @@ def _only(
     """Return the one node that reads a tensor; None where there are more, or it is an output."""
     takers = consumers.get(tensor, [])
     return takers[0] if len(takers) == 1 and tensor not in outputs else None
+
+
+def _keeps_codes(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    """Tell whether a node only moves values; a Pad may put zeros beside them."""
+    if node.op_type != "Pad" or len(node.input) < 3 or not node.input[2]:
+        return node.op_type in _SHUFFLES
+    value = next((t for t in model.graph.initializer if t.name == node.input[2]), None)
+    return value is not None and float(numpy_helper.to_array(value)) == 0.0
 
 
 def _rectifies(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:

@@ -100,7 +100,9 @@ def test_train_export_eval_and_run_with_the_words_of_the_readme(switches, tiny_b
     assert done.returncode == 0, done.stderr
     assert "epoch   4/4" in done.stderr
     assert done.stdout.strip() == str(run)
-    done = edgetune("export", run, "--output", bundle, "--max-drop", 1, "--allow", "speed", "--json")
+    done = edgetune(
+        "export", run, "--output", bundle, "--max-drop", 1, "--allow", "speed", "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [c["model"] for c in result["candidates"]] == [

@@ -76,3 +76,15 @@ def kernels(tmp_path: Path) -> Callable[[onnx.ModelProto], list[str]]:
         return [node.op_type for node in onnx.load(path).graph.node]
 
     return kernels
+
+
+@pytest.fixture(scope="session")
+def sqnr_db() -> Callable[[np.ndarray, np.ndarray], float]:
+    """Signal to noise of what was found, in decibel; 200 and more where there is no noise."""
+
+    def sqnr_db(found: np.ndarray, wanted: np.ndarray) -> float:
+        signal = float((wanted**2).mean())
+        noise = max(float(((found - wanted) ** 2).mean()), 1e-20 * signal)
+        return float(10 * np.log10(signal / noise))
+
+    return sqnr_db

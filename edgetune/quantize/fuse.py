@@ -1,0 +1,288 @@
+"""Fewer, larger nodes for transformers: GELU, head reshapes, joint products.
+
+onnxruntime's optimizer knows such fusions too, but not in the shape that torch's exporter
+leaves the graph in, nor after quantization. Gelu is com.microsoft's, which every onnxruntime
+that a profile names has. A residual sum stays apart from its layer norm: on CPUs
+SkipLayerNormalization is slower than the two.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from edgetune.quantize.layers import arrays, attribute, copy_model, preprocessing_nodes
+
+MICROSOFT = "com.microsoft"
+
+
+def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with what can be fused fused; its answers differ by rounding only."""
+    graph = _Graph(copy_model(model))
+    _fuse_gelu(graph)
+    _drop_reshapes(graph)
+    _join_products(graph)
+    return graph.finished()
+
+
+class _Graph:
+    """A graph that is being rewritten, and who makes and who reads each tensor of it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.constants: dict[str, npt.NDArray[Any]] = arrays(model)
+        self.outputs = {value.name for value in model.graph.output}
+        self.apart = set(preprocessing_nodes(model))
+        self.look()
+
+    def look(self) -> None:
+        """Find makers and readers anew, after a change."""
+        self.maker = {name: node for node in self.nodes for name in node.output if name}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def scalar(self, name: str) -> float | None:
+        """Return the value of a constant of one element."""
+        value = self.constants.get(name)
+        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
+    def alone(self, name: str) -> bool:
+        """Tell whether exactly one node reads a tensor, and nobody outside."""
+        return len(self.readers.get(name, [])) == 1 and name not in self.outputs
+
+    def other(self, node: onnx.NodeProto, scalar: float) -> str | None:
+        """Return the input of a two-input node whose other input is that constant."""
+        for i in (0, 1):
+            value = self.scalar(node.input[i])
+            if value is not None and abs(value - scalar) < 1e-4:
+                return str(node.input[1 - i])
+        return None
+
+    def replace(self, gone: Iterable[onnx.NodeProto], *new: onnx.NodeProto) -> None:
+        """Put nodes where the last of those that go stood."""
+        names = {id(node) for node in gone}
+        last = max(i for i, node in enumerate(self.nodes) if id(node) in names)
+        kept = [n for n in self.nodes[: last + 1] if id(n) not in names]
+        self.nodes = [*kept, *new, *self.nodes[last + 1 :]]
+        self.look()
+
+    def rename(self, old: str, new: str) -> None:
+        """Have everyone read `new` in place of `old`."""
+        for node in self.readers.get(old, []):
+            for i, name in enumerate(node.input):
+                if name == old:
+                    node.input[i] = new
+        self.look()
+
+    def add_constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        self.constants[name] = value
+        self.model.graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def finished(self) -> onnx.ModelProto:
+        """Return the model, without what nobody reads any more."""
+        graph = self.model.graph
+        while True:
+            read = Counter(name for node in self.nodes for name in node.input)
+            live = [
+                n for n in self.nodes if any(read[o] or o in self.outputs for o in n.output if o)
+            ]
+            if len(live) == len(self.nodes):
+                break
+            self.nodes = live
+        del graph.node[:]
+        graph.node.extend(self.nodes)
+        kept = [t for t in graph.initializer if read[t.name] or t.name in self.outputs]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        domains = {node.domain for node in self.nodes}
+        if MICROSOFT in domains and MICROSOFT not in {o.domain for o in self.model.opset_import}:
+            self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+        return self.model
+
+
+def _fuse_gelu(graph: _Graph) -> None:
+    """Make one Gelu(x) of x * 0.5 * (1 + erf(x / sqrt 2)), its products in any order."""
+    for erf in [n for n in graph.nodes if n.op_type == "Erf" and n.name not in graph.apart]:
+        scaled = graph.maker.get(erf.input[0])
+        if scaled is None or scaled.op_type not in ("Div", "Mul"):
+            continue
+        source = graph.other(scaled, 2**0.5 if scaled.op_type == "Div" else 0.5**0.5)
+        if source is None or (scaled.op_type == "Div" and scaled.input[0] != source):
+            continue
+        one = _only_reader(graph, erf.output[0], "Add")
+        if one is None or graph.other(one, 1.0) is None:
+            continue
+        first = _only_reader(graph, one.output[0], "Mul")
+        if first is None:
+            continue
+        gone = [scaled, erf, one, first]
+        if source in first.input:  # (x * (1 + erf)) * 0.5
+            last = _only_reader(graph, first.output[0], "Mul")
+            whole = last is not None and graph.other(last, 0.5) is not None
+        elif graph.other(first, 0.5) is not None:  # x * (0.5 * (1 + erf))
+            last = _only_reader(graph, first.output[0], "Mul")
+            whole = last is not None and source in last.input
+        else:  # (0.5 * x) * (1 + erf)
+            last = first
+            half = next((i for i in first.input if i != one.output[0]), "")
+            maker = graph.maker.get(half)
+            whole = (
+                maker is not None and maker.op_type == "Mul" and graph.other(maker, 0.5) == source
+            )
+        if not whole or last is None or not graph.alone(scaled.output[0]):
+            continue
+        if last is not first:
+            gone.append(last)
+        gelu = helper.make_node(
+            "Gelu", [source], [last.output[0]], name=f"{erf.name}_gelu", domain=MICROSOFT
+        )
+        graph.replace(gone, gelu)
+
+
+def _drop_reshapes(graph: _Graph) -> None:
+    """Reshape(Reshape(x)) becomes one; one that gives (batch, tokens, hidden) as it was, none."""
+    for node in [n for n in graph.nodes if n.op_type == "Reshape" and n.name not in graph.apart]:
+        before = graph.maker.get(node.input[0])
+        if before is not None and before.op_type == "Reshape" and not _copies(graph, node):
+            node.input[0] = before.input[0]
+            graph.look()
+    for node in [n for n in graph.nodes if n.op_type == "Reshape" and n.name not in graph.apart]:
+        source = node.input[0]
+        width = _width(graph, source)
+        if width is None or node.output[0] in graph.outputs:
+            continue
+        if _same_shape(graph, node.input[1], width):
+            graph.rename(node.output[0], source)
+
+
+def _join_products(graph: _Graph) -> None:
+    """Several MatMul + Add of one input become one and a Split; the input is quantized once."""
+    groups: dict[str, list[tuple[onnx.NodeProto, onnx.NodeProto]]] = {}
+    for node in graph.nodes:
+        if node.op_type != "MatMul" or node.name in graph.apart:
+            continue
+        weight = graph.constants.get(node.input[1])
+        add = _only_reader(graph, node.output[0], "Add")
+        if weight is None or weight.ndim != 2 or weight.dtype != np.float32 or add is None:
+            continue
+        bias = graph.constants.get(_bias_of(add, node))
+        if bias is not None and bias.shape == (weight.shape[1],):
+            groups.setdefault(node.input[0], []).append((node, add))
+    for source, pairs in groups.items():
+        if len(pairs) < 2:
+            continue
+        weights = [graph.constants[node.input[1]] for node, _ in pairs]
+        biases = [graph.constants[_bias_of(add, node)] for node, add in pairs]
+        base = f"{pairs[0][0].name}_joint"
+        joint = graph.add_constant(f"{base}_weight", np.concatenate(weights, axis=1))
+        joint_bias = graph.add_constant(f"{base}_bias", np.concatenate(biases))
+        sizes = graph.add_constant(
+            f"{base}_sizes", np.array([w.shape[1] for w in weights], np.int64)
+        )
+        new = (
+            helper.make_node("MatMul", [source, joint], [f"{base}_product"], name=base),
+            helper.make_node(
+                "Add", [f"{base}_product", joint_bias], [f"{base}_sum"], name=f"{base}_add"
+            ),
+            helper.make_node(
+                "Split", [f"{base}_sum", sizes], [add.output[0] for _, add in pairs],
+                name=f"{base}_split", axis=-1,
+            ),
+        )  # fmt: skip
+        _replace_first(graph, [n for pair in pairs for n in pair], new)
+
+
+def _replace_first(
+    graph: _Graph, gone: list[onnx.NodeProto], new: tuple[onnx.NodeProto, ...]
+) -> None:
+    """Put nodes where the first of those that go stood: others may read their outputs early."""
+    names = {id(node) for node in gone}
+    first = min(i for i, node in enumerate(graph.nodes) if id(node) in names)
+    kept = [n for n in graph.nodes[first:] if id(n) not in names]
+    graph.nodes = [*graph.nodes[:first], *new, *kept]
+    graph.look()
+
+
+def _only_reader(graph: _Graph, name: str, op: str) -> onnx.NodeProto | None:
+    readers = graph.readers.get(name, [])
+    if not graph.alone(name) or readers[0].op_type != op:
+        return None
+    return readers[0]
+
+
+def _bias_of(add: onnx.NodeProto, product: onnx.NodeProto) -> str:
+    return str(add.input[1] if add.input[0] == product.output[0] else add.input[0])
+
+
+def _copies(graph: _Graph, reshape: onnx.NodeProto) -> bool:
+    """Tell whether a Reshape may copy a dimension of its input: then the input's shape counts."""
+    shape = graph.constants.get(reshape.input[1])
+    if shape is not None:
+        return bool((shape == 0).any())
+    concat = graph.maker.get(reshape.input[1])
+    if concat is None or concat.op_type != "Concat":
+        return True
+    return any(bool((graph.constants.get(i, np.array([1])) == 0).any()) for i in concat.input)
+
+
+def _same_shape(graph: _Graph, shape: str, width: int) -> bool:
+    """Tell whether a target is (batch, tokens, width), with one dimension of the three inferred."""
+    concat = graph.maker.get(shape)
+    if concat is None or concat.op_type != "Concat" or len(concat.input) != 3:
+        return False
+    batch, tokens, last = concat.input
+    if not _is_size(graph, batch, 0):
+        return False
+    given = graph.constants.get(last)
+    if given is None or given.size != 1:
+        return False
+    size = int(given.reshape(-1)[0])
+    # where the last is given, the middle is what is left; else it has to be the tokens
+    return size == width or (size == -1 and _is_size(graph, tokens, 1))
+
+
+def _is_size(graph: _Graph, name: str, axis: int) -> bool:
+    """Tell whether a tensor is that dimension of a graph input."""
+    node = graph.maker.get(name)
+    inputs = {value.name for value in graph.model.graph.input}
+    return (
+        node is not None
+        and node.op_type == "Shape"
+        and node.input[0] in inputs
+        and attribute(node, "start", 0) == axis
+        and attribute(node, "end", None) == axis + 1
+    )
+
+
+def _width(graph: _Graph, name: str, depth: int = 0) -> int | None:
+    """Return the last dimension of a (batch, tokens, width) tensor, where its makers tell."""
+    node = graph.maker.get(name)
+    if node is None or depth > 12:
+        return None
+    if node.op_type == "LayerNormalization":
+        weight = graph.constants.get(node.input[1])
+        return int(weight.shape[0]) if weight is not None and weight.ndim == 1 else None
+    if node.op_type == "MatMul":
+        weight = graph.constants.get(node.input[1])
+        if weight is None or weight.ndim != 2 or _width(graph, node.input[0], depth + 1) is None:
+            return None
+        return int(weight.shape[1])
+    if node.op_type in ("Add", "Mul", "Gelu", "Relu", "Tanh"):
+        widths = [_width(graph, i, depth + 1) for i in node.input if i not in graph.constants]
+        return widths[0] if widths and len(set(widths)) == 1 else None
+    if node.op_type == "MultiHeadAttention":
+        return _width(graph, node.input[0], depth + 1)
+    if node.op_type == "Split":
+        sizes = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+        if sizes is None or _width(graph, node.input[0], depth + 1) is None:
+            return None
+        return int(sizes[list(node.output).index(name)])
+    return None
