@@ -163,8 +163,8 @@ def weight_codes(
     """Return a weight's codes, its scale per channel of `axis`, and the zero point of all.
 
     Symmetric: the largest absolute value of a channel gets the largest code, unless its scale
-    would be below `smallest`, shape (channels,). -128 is never used: ARM cores without dot
-    products overflow on a pair of it.
+    would be below `smallest`, shape (channels,). -128 is never used: ARM cores overflow on
+    pairs of it, without dot products everywhere and with them in depthwise convolutions.
     """
     largest = _LARGEST[codes]
     others = tuple(i for i in range(weight.ndim) if i != axis)
