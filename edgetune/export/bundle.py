@@ -14,7 +14,7 @@ import torch
 
 from edgetune.bench.evaluate import Answers, answer_run
 from edgetune.data import Dataset, Split
-from edgetune.errors import ConfigError, GateError, ResourceError
+from edgetune.errors import ConfigError, DataError, GateError, ResourceError
 from edgetune.export.cache import FOLDER_NAME, Cache
 from edgetune.export.candidate import Candidate, Laboratory, judged
 from edgetune.export.card import model_card
@@ -314,7 +314,14 @@ class _Exporter:
                 skipped.add(rung.name)
                 self.passed_over.append((rung, reason))
                 continue
-            candidate = judged(self._try(rung), reference, self.budgets, metric)
+            try:
+                candidate = judged(self._try(rung), reference, self.budgets, metric)
+            except (ConfigError, DataError, GateError) as error:
+                # a rung may not suit a model (no such parts, values beyond float16): the next may
+                skipped.add(rung.name)
+                self.passed_over.append((rung, f"cannot be made: {error}"))
+                self.say(f"{rung.name}: cannot be made: {error}")
+                continue
             missing = lacks(candidate.facts(), reference.facts(), self.budgets)
             candidate = dataclasses.replace(candidate, missing=missing)
             self.tried.append(candidate)

@@ -17,8 +17,9 @@ from edgetune.train.distill import DistillSettings, distill, student_of, taylor_
 from edgetune.train.fake_quant import Scheme, finish, prepare
 from edgetune.train.loop import Event
 
-# image sides are kept multiples of this: what five halvings leave whole
-IMAGE_STEP = 32
+# image sides are multiples of the first, which five halvings leave whole; small ones of the other
+IMAGE_STEPS = (32, 8)
+SMALL_IMAGE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,4 +123,8 @@ def _image_side(teacher: TaskModel, factor: float) -> int | None:
     if preprocess is None:
         raise ConfigError("a smaller image: this task has no images")
     side = int(preprocess.spec.input_size)
-    return max(IMAGE_STEP, round(factor * side / IMAGE_STEP) * IMAGE_STEP)
+    step = IMAGE_STEPS[0] if side >= SMALL_IMAGE else IMAGE_STEPS[1]
+    smaller = max(step, round(factor * side / step) * step)
+    if smaller >= side:
+        raise ConfigError(f"a smaller image: {side} pixels times {factor:g} is {smaller}")
+    return smaller
