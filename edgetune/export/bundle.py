@@ -244,6 +244,7 @@ class _Exporter:
         shown = self.laboratory.shown
         self.say(f"measuring torch on {len(shown.labels)} {shown.name} samples")
         in_torch = answer_run(self.run.task, shown, self.run.record.labels)
+        self.run.task.network.cpu()  # where a GPU answered
         self._climb(rungs, reference)
         chosen = self._choose()
         report = search_report(

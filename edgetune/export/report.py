@@ -59,6 +59,7 @@ def search_html(report: SearchReport) -> str:
     sections = [
         _summary(report),
         _ladder(report),
+        _gate(report),
         _pareto(report),
         _layers(report.layers),
         _saturation(report.saturation),
@@ -146,6 +147,35 @@ def _tiles(chosen: Attempt, reference: Attempt | None) -> str:
             note = f"fp32 {_number(base, ' MiB')}" if base is not None else "&nbsp;"
             tiles.append(page.tile(label, _number(amount), " MiB", note))
     return "".join(tiles)
+
+
+def _gate(report: SearchReport) -> str:
+    """Show what the gate saw of the chosen candidate, or of the last one that was refused."""
+    compared = [a for a in report.attempts if a.comparison is not None]
+    shown = next((a for a in compared if a.status == "chosen"), compared[-1] if compared else None)
+    if shown is None or shown.comparison is None:
+        return ""
+    found = shown.comparison
+    drop, f1_drop = found.drop, found.f1_macro_drop
+    worst = (
+        f"{_points(found.worst_class_drop)} of recall, {found.worst_class},"
+        f" {page.count(found.worst_class_support, 'sample')}"
+    )
+    return page.facts(
+        f"The gate: {shown.rung} against fp32",
+        {
+            "samples": f"{found.samples:,} of the validation split",
+            "same answer": f"{100 * found.agreement:.1f} % of them; {found.lost:,} lost,"
+            f" {found.gained:,} gained (McNemar p {found.mcnemar_p:.2g})",
+            "accuracy lost": f"{_points(drop.value)}, 95 % interval {_points(drop.low)} to"
+            f" {_points(drop.high)}; at most {_points(found.bound)} with 95 % confidence",
+            "macro F1 lost": f"{_points(f1_drop.value)}; at most {_points(found.f1_macro_bound)}",
+            "worst class": worst,
+            "calibration error": f"changes by {_points(found.calibration_change)}",
+            "log loss": f"changes by {found.log_loss_change:+.4f} nats",
+            "largest change of a probability": f"{found.max_probability_difference:.3f}",
+        },
+    )
 
 
 def _ladder(report: SearchReport) -> str:

@@ -18,7 +18,7 @@ from edgetune.export.records import Repair
 from edgetune.export.workshop import PROBE_SAMPLES, Built, Source, Workshop
 from edgetune.profile import DeviceProfile
 from edgetune.quantize.arithmetic import LayerSaturation, saturation
-from edgetune.quantize.blocks import quantize_blocks
+from edgetune.quantize.blocks import quantize_blocks, quantize_weights
 from edgetune.quantize.calibrate import Method
 from edgetune.quantize.dynamic import DynamicCode, quantize_dynamic
 from edgetune.quantize.embeddings import quantize_embeddings
@@ -35,6 +35,8 @@ MOST_FLOAT_PARAMETERS = 0.25
 TEXT_BATCH = 8
 # onnxruntime's session option: u8 x u8 kernels on x86 whatever the weights
 X64_PRECISION = "session.x64quantprecision"
+# the share of a layer's outputs that may have a saturated sum in it before it is repaired
+HARMFUL = 0.01
 _REPAIR_CODES: dict[str, WeightCode] = {"u8 weights": "u8", "reduced range": "s7"}
 
 
@@ -88,12 +90,15 @@ def make_static(
     smoothed: bool = False,
     float_share: float = 0.0,
     repair: Repair = "u8 weights",
+    repair_above: float = HARMFUL,
 ) -> Built:
     """Quantize weights per channel and activations by calibrated ranges.
 
-    On profiles that saturate, layers that do so on real samples are repaired: "u8 weights" are the
-    same values, summed exactly, by a slower kernel; a "reduced range" keeps the kernel and costs a
-    bit of precision; "x64quantprecision" has onnxruntime take the slower kernel for every layer.
+    On profiles that saturate, layers of whose outputs a larger share than `repair_above` has a
+    saturated sum in it on real samples are repaired: "u8 weights" are the same values, summed
+    exactly, by a slower kernel; a "reduced range" keeps the kernel and costs a bit of precision;
+    "x64quantprecision" has onnxruntime take the slower kernel for every layer. What saturation is
+    left, the gate sees.
     """
     source = _prepared(shop, source, equalized=equalized, smoothed=smoothed)
     damage: list[Damage] = []
@@ -109,7 +114,7 @@ def make_static(
     if shop.profile.cpu.int8 == "saturates":
         shop.say("looking for sums that saturate")
         found = saturation(quantized, shop.feeds(PROBE_SAMPLES))
-        repairs = {s.node: repair for s in found if s.saturated}
+        repairs = {s.node: repair for s in found if s.outputs_hit > repair_above}
         if repair in _REPAIR_CODES:
             codes = dict.fromkeys(repairs, _REPAIR_CODES[repair])
             quantized = write_static(source.model, plan, ranges, layer_codes=codes)
@@ -150,6 +155,11 @@ def make_dynamic(shop: Workshop, source: Source, *, float_share: float = 0.0) ->
     )
 
 
+def make_weights(shop: Workshop, source: Source) -> Built:  # noqa: ARG001
+    """Quantize weights alone, in plain ONNX, and embeddings by row."""
+    return Built(model=quantize_embeddings(quantize_weights(source.model)), precision="int8")
+
+
 def make_blocks(shop: Workshop, source: Source) -> Built:  # noqa: ARG001
     """Quantize weights alone, to 4 bits in blocks, and embeddings by row."""
     model = quantize_embeddings(quantize_blocks(source.model, method="hqq"))
@@ -181,14 +191,19 @@ RUNGS: tuple[Rung, ...] = (
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
     ),
     Rung(
+        name="int8-static-exact", about="int8-static, u8 weights wherever a sum would saturate",
+        precision="int8", shape="int8-static-exact", suits=("static",), make=make_static,
+        settings={"repair_above": 0.0}, saturating_only=True,
+    ),
+    Rung(
         name="int8-static-reduced", about="int8-static, 7-bit weights where sums would saturate",
         precision="int8", shape="int8-static-reduced", suits=("static",), make=make_static,
-        settings={"repair": "reduced range"}, saturating_only=True,
+        settings={"repair": "reduced range", "repair_above": 0.0}, saturating_only=True,
     ),
     Rung(
         name="int8-static-precise", about="int8-static, onnxruntime set to exact sums",
         precision="int8", shape="int8-static-precise", suits=("static",), make=make_static,
-        settings={"repair": "x64quantprecision"}, saturating_only=True,
+        settings={"repair": "x64quantprecision", "repair_above": 0.0}, saturating_only=True,
     ),
     Rung(
         name="int8-static-mse", about="int8 per channel, ranges of least squared error",
@@ -228,6 +243,10 @@ RUNGS: tuple[Rung, ...] = (
     Rung(
         name="int4-blocks", about="4-bit weights in blocks of 32 (HQQ), float activations",
         precision="int4", shape="int4-blocks", suits=("dynamic",), make=make_blocks, explore=True,
+    ),
+    Rung(
+        name="int8-weights", about="int8 weights per channel, float activations, int8 embeddings",
+        precision="int8", shape="int8-weights", suits=("dynamic",), make=make_weights, explore=True,
     ),
     Rung(
         name="fp16", about="float16 weights and arithmetic",

@@ -100,7 +100,9 @@ def verdict_sentence(
         )
     if chosen.verdict is None:
         return f"{chosen.rung.name} is shipped: the trained model as it is"
-    return f"{chosen.rung.name} is shipped. {chosen.verdict.sentence}"
+    good = [c for c in tried if not set(c.missing) - set(allowed)]
+    why = f", the fastest of {len(good)} that meet every budget" if len(good) > 2 else ""
+    return f"{chosen.rung.name} is shipped{why}. {chosen.verdict.sentence}"
 
 
 def _attempt(
