@@ -18,8 +18,9 @@ from edgetune.bench.evaluate import answer_run, evaluate
 from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError, GateError
 from edgetune.export import ExportResult, export
-from edgetune.export.rungs import RUNGS
+from edgetune.export.rungs import RUNGS, rungs_for
 from edgetune.export.workshop import Built
+from edgetune.profile import load_profile
 from edgetune.runtime import EdgeModel
 from edgetune.runtime.bundle import file_sha256, open_bundle
 from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
@@ -207,6 +208,34 @@ def test_what_is_allowed_is_shipped_and_recorded(case, tmp_path):
     assert overrides[0].startswith("accuracy: ")
     card = (result.bundle / "MODEL_CARD.md").read_text()
     assert "Limits that were overridden when this was made: accuracy: " in card
+
+
+# one student of each kind is enough here: the others differ in a number
+STUDENTS = {"run", "qat", "depth-50", "width-50", "image-71", "channels-50"}
+
+
+def test_the_pareto_search_makes_and_measures_every_rung(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgetune.export.candidate.TIMING_SECONDS", 0.05)
+    profile = load_profile("x86-64-avx2")
+    suited = rungs_for(profile, open_run(case.run).family.int8)
+    rungs = ["fp32", *(rung.name for rung in suited if rung.source in STUDENTS)]
+    result = export(
+        case.run, output=tmp_path / "b", profile=profile.name, search="pareto", max_drop=1.0,
+        rungs=rungs, name="case",
+    )  # fmt: skip
+    attempts = {a.rung: a for a in result.report.attempts}
+    assert set(attempts) == set(rungs)
+    for attempt in attempts.values():
+        if attempt.status == "skipped":  # what others have shown already
+            assert "keeps less" in attempt.reason or "costs what" in attempt.reason, attempt
+        else:
+            assert attempt.size_mib > 0
+            assert attempt.latency_p50_ms > 0
+    assert sum(a.status == "chosen" for a in attempts.values()) == 1
+    assert any(a.pareto for a in attempts.values())
+    assert (tmp_path / "b.pareto.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((tmp_path / "b.search.json").read_text())
+    assert [a["rung"] for a in stored["attempts"]] == list(attempts)
 
 
 def test_too_few_samples_to_tell_are_no_pass(case, tmp_path):

@@ -48,6 +48,8 @@ Search = Literal["first", "pareto"]
 # float32 sums in another order, nothing more
 PARITY_TOLERANCE = 1e-3
 PARITY_SAMPLES = 32
+# a student gets this part of the time that is left
+STUDENTS_TO_COME = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +295,10 @@ class _Exporter:
 
     def _climb(self, rungs: list[Rung], reference: Candidate) -> None:
         """Try one rung after the other, until one lacks nothing or the time is up."""
+        if self.search == "pareto":
+            rungs = sorted(rungs, key=lambda rung: rung.fallback)  # stable
         names = [(rung.name, rung.shape) for rung in rungs]
+        lines = {rung.name: (rung.line, rung.kept) for rung in rungs if rung.line}
         by_name = {rung.name: rung for rung in rungs}
         metric: GatedMetric = "f1_macro" if self.run.config.metric == "f1_macro" else "accuracy"
         skipped: set[str] = set()
@@ -301,7 +306,7 @@ class _Exporter:
             tried = {c.rung.name: frozenset(self._counted(c)) for c in self.tried}
             shapes = {c.rung.name: c.rung.shape for c in self.tried if c.rung is not FP32}
             left = [(n, s) for n, s in names if n not in tried and n not in skipped]
-            step = next(iter(still_worth(left, tried, shapes)), None)
+            step = next(iter(still_worth(left, tried, shapes, lines)), None)
             if step is None:
                 return
             rung, reason = by_name[step[0]], step[1]
@@ -354,12 +359,15 @@ class _Exporter:
         begin = time.monotonic()
         source = self.shop.source(
             rung.source,
-            # the rest of the time is for those that follow
-            lambda: student(self.shop, rung.source, seconds=(self.deadline - time.monotonic()) / 2),
+            lambda: student(self.shop, rung.source, seconds=self._share_of_time()),
         )
         built, cached = build(self.shop, rung, source)
         candidate = self.laboratory.measure(rung, source, built, made_from_cache=cached)
         return dataclasses.replace(candidate, seconds=time.monotonic() - begin)
+
+    def _share_of_time(self) -> float:
+        """Return the seconds that a student may take: others are to follow."""
+        return (self.deadline - time.monotonic()) / STUDENTS_TO_COME
 
     def _counted(self, candidate: Candidate) -> list[Lack]:
         """Return what a candidate lacks and nobody allowed."""

@@ -35,6 +35,8 @@ GOLDEN_SAMPLES = 4
 # the order of sums; int8 rounding turns such a difference into whole steps
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
 INTEGER_TOLERANCE = 0.05
+# longest time for the calls that are timed in one process, and for the warm-up before them
+TIMING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +302,9 @@ def raw_sample(task: DeviceTask, split: Split, index: int) -> Any:
 
 def _bench(folder: Path, threads: int) -> tuple[float, float, float | None]:
     """Return p50 and p95 in ms and peak memory in MiB of a fresh process."""
-    report = bench(folder, runs=100, warmup=5, seconds=2.0, threads=threads, cold_starts=0)
+    report = bench(
+        folder, runs=100, warmup=5, seconds=TIMING_SECONDS, threads=threads, cold_starts=0
+    )
     found = report.measurement
     return found.latency_p50_ms, found.latency_p95_ms, found.peak_rss_mib
 

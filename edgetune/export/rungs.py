@@ -51,7 +51,10 @@ class Rung:
     make: (workshop, source, **settings) -> the graph.
     source: "run", or the name of a student.
     explore: tried by the Pareto search only, or where the others cost too much.
+    fallback: has a point only where the rungs before it lose too much; the Pareto search, which
+        wants speed, tries it last.
     saturating_only: has a point only on CPUs whose sums saturate.
+    line, kept: rows of a line differ in the share of the network that they keep.
     """
 
     name: str
@@ -63,7 +66,10 @@ class Rung:
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = "run"
     explore: bool = False
+    fallback: bool = False
     saturating_only: bool = False
+    line: str = ""
+    kept: float = 1.0
 
 
 def leave_fp32(shop: Workshop, source: Source) -> Built:  # noqa: ARG001
@@ -174,11 +180,13 @@ RUNGS: tuple[Rung, ...] = (
     Rung(
         name="int8-dynamic-mixed", about="int8-dynamic, the worst tenth of the layers in float",
         precision="int8", shape="int8-dynamic-mixed", suits=("dynamic",), make=make_dynamic,
+        fallback=True,
         settings={"float_share": 0.1},
     ),
     Rung(
         name="int8-dynamic-mixed-25", about="int8-dynamic, the worst quarter of layers in float",
         precision="int8", shape="int8-dynamic-mixed-25", suits=("dynamic",), make=make_dynamic,
+        fallback=True,
         settings={"float_share": 0.25},
     ),
     Rung(
@@ -208,36 +216,43 @@ RUNGS: tuple[Rung, ...] = (
     Rung(
         name="int8-static-mse", about="int8 per channel, ranges of least squared error",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "mse"},
     ),
     Rung(
         name="int8-static-percentile", about="int8 per channel, outermost 0.01 % left out",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "percentile"},
     ),
     Rung(
         name="int8-static-entropy", about="int8 per channel, ranges of least divergence",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "entropy"},
     ),
     Rung(
         name="int8-corrected", about="int8-static with bias correction",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "mse", "corrected": True},
     ),
     Rung(
         name="int8-equalized", about="cross-layer equalisation, bias correction, int8",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"equalized": True, "corrected": True},
     ),
     Rung(
         name="int8-mixed", about="int8-static, the worst tenth of the layers in float",
         precision="int8", shape="int8-mixed", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "mse", "float_share": 0.1},
     ),
     Rung(
         name="int8-mixed-25", about="int8-static, the worst quarter of the layers in float",
         precision="int8", shape="int8-mixed-25", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "mse", "float_share": 0.25},
     ),
     Rung(
@@ -256,27 +271,28 @@ RUNGS: tuple[Rung, ...] = (
         Rung(
             name=f"{name}-int8", about=f"{about}, distilled, then int8", precision="int8",
             shape=name, suits=("dynamic",), make=make_dynamic, source=name, explore=True,
+            line=line, kept=kept,
         )
-        for name, about in (
-            ("depth-67", "two thirds of the blocks"),
-            ("width-50", "half of the heads and of each feed-forward"),
-            ("depth-50", "half of the blocks"),
-            ("depth-33", "a third of the blocks"),
+        for name, about, line, kept in (
+            ("depth-50", "half of the blocks", "depth", 0.5),
+            ("depth-33", "a third of the blocks", "depth", 0.33),
+            ("depth-67", "two thirds of the blocks", "depth", 0.67),
+            ("width-50", "half of the heads and of each feed-forward", "width", 0.5),
         )
     ),
     *(
         Rung(
             name=f"{name}-int8", about=f"{about}, distilled, then int8", precision="int8",
             shape=name, suits=("static",), make=make_static, settings={"method": "mse"},
-            source=name, explore=True,
+            source=name, explore=True, line=line, kept=kept,
         )
-        for name, about in (
-            ("image-86", "images of 0.86 times the side"),
-            ("channels-75", "three quarters of the inner channels"),
-            ("image-71", "images of 0.71 times the side"),
-            ("channels-50", "half of the inner channels"),
-            ("image-71-channels-75", "images of 0.71 times the side, 3/4 of the inner channels"),
-            ("image-57", "images of 0.57 times the side"),
+        for name, about, line, kept in (
+            ("image-71", "images of 0.71 times the side", "image", 0.71),
+            ("image-57", "images of 0.57 times the side", "image", 0.57),
+            ("image-86", "images of 0.86 times the side", "image", 0.86),
+            ("channels-50", "half of the inner channels", "channels", 0.5),
+            ("channels-75", "three quarters of the inner channels", "channels", 0.75),
+            ("image-71-channels-75", "0.71 times the side, 3/4 of the inner channels", "", 1.0),
         )
     ),
     # a network without a fast int8 on the device may still be made smaller
@@ -293,16 +309,19 @@ RUNGS: tuple[Rung, ...] = (
     Rung(
         name="int8-qat-lora", about="a short quantization-aware fine-tune of LoRA, then int8",
         precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
+        fallback=True,
         source="qat-lora",
     ),
     Rung(
         name="int8-qat", about="a short quantization-aware fine-tune of all weights, then int8",
         precision="int8", shape="int8-dynamic", suits=("dynamic",), make=make_dynamic,
+        fallback=True,
         source="qat",
     ),
     Rung(
         name="int8-static-qat", about="a short quantization-aware fine-tune of all weights, int8",
         precision="int8", shape="int8-static", suits=("static",), make=make_static,
+        fallback=True,
         settings={"method": "mse"}, source="qat",
     ),
 )  # fmt: skip

@@ -99,6 +99,7 @@ def still_worth(
     rungs: Sequence[tuple[str, str]],
     tried: Mapping[str, frozenset[Lack]],
     shapes: Mapping[str, str],
+    lines: Mapping[str, tuple[str, float]] | None = None,
 ) -> Iterable[tuple[str, str]]:
     """Yield (rung, reason to skip it or "") of those not tried yet, in order.
 
@@ -106,7 +107,10 @@ def still_worth(
         rungs: (name, shape), cheapest and likeliest first.
         tried: rung -> what it lacked.
         shapes: rung -> shape, of those that were tried.
+        lines: rung -> (line, share kept): rungs of a line differ in how much of the network
+            they keep, so that less is faster and loses more.
     """
+    lines = lines or {}
     dear = {
         shapes[name]: (name, sorted(missing & COSTS))
         for name, missing in tried.items()
@@ -119,7 +123,25 @@ def still_worth(
             other, costs = dear[shape]
             yield name, f"costs what {other} costs, which failed on {' and '.join(costs)}"
         else:
-            yield name, ""
+            yield name, _settled(name, tried, lines)
+
+
+def _settled(
+    name: str, tried: Mapping[str, frozenset[Lack]], lines: Mapping[str, tuple[str, float]]
+) -> str:
+    """Return what a rung's line has shown already; "" where only trying tells."""
+    if name not in lines:
+        return ""
+    line, kept = lines[name]
+    for other, missing in tried.items():
+        other_line, other_kept = lines.get(other, ("", 0.0))
+        if other_line != line:
+            continue
+        if other_kept < kept and not missing:
+            return f"{other} keeps less, is faster, and meets every budget"
+        if other_kept > kept and missing & {"accuracy", "samples"}:
+            return f"keeps less than {other}, which loses too much"
+    return ""
 
 
 def best(candidates: Sequence[Facts]) -> Facts:

@@ -49,9 +49,10 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def scalar(self, name: str) -> float | None:
-        """Return the value of a constant of one element."""
+        """Return the value of a constant of one element that adds no dimension to others."""
         value = self.constants.get(name)
-        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+        fits = value is not None and value.size == 1 and value.ndim <= 1
+        return float(value.reshape(-1)[0]) if value is not None and fits else None
 
     def alone(self, name: str) -> bool:
         """Tell whether exactly one node reads a tensor, and nobody outside."""
@@ -79,6 +80,11 @@ class _Graph:
             for i, name in enumerate(node.input):
                 if name == old:
                     node.input[i] = new
+        self.look()
+
+    def drop(self, gone: onnx.NodeProto) -> None:
+        """Take a node out; it would count as a reader of its inputs."""
+        self.nodes = [node for node in self.nodes if node is not gone]
         self.look()
 
     def add_constant(self, name: str, value: npt.NDArray[Any]) -> str:
@@ -154,13 +160,15 @@ def _drop_reshapes(graph: _Graph) -> None:
         if before is not None and before.op_type == "Reshape" and not _copies(graph, node):
             node.input[0] = before.input[0]
             graph.look()
+    widths = _widths(graph)
     for node in [n for n in graph.nodes if n.op_type == "Reshape" and n.name not in graph.apart]:
         source = node.input[0]
-        width = _width(graph, source)
+        width = widths.get(source)
         if width is None or node.output[0] in graph.outputs:
             continue
         if _same_shape(graph, node.input[1], width):
             graph.rename(node.output[0], source)
+            graph.drop(node)
 
 
 def _join_products(graph: _Graph) -> None:
@@ -181,7 +189,7 @@ def _join_products(graph: _Graph) -> None:
             continue
         weights = [graph.constants[node.input[1]] for node, _ in pairs]
         biases = [graph.constants[_bias_of(add, node)] for node, add in pairs]
-        base = f"{pairs[0][0].name}_joint"
+        base = f"{pairs[0][0].name or pairs[0][0].output[0]}_joint"
         joint = graph.add_constant(f"{base}_weight", np.concatenate(weights, axis=1))
         joint_bias = graph.add_constant(f"{base}_bias", np.concatenate(biases))
         sizes = graph.add_constant(
@@ -230,7 +238,15 @@ def _copies(graph: _Graph, reshape: onnx.NodeProto) -> bool:
     concat = graph.maker.get(reshape.input[1])
     if concat is None or concat.op_type != "Concat":
         return True
-    return any(bool((graph.constants.get(i, np.array([1])) == 0).any()) for i in concat.input)
+    return any(_may_be_zero(graph, name) for name in concat.input)
+
+
+def _may_be_zero(graph: _Graph, name: str) -> bool:
+    """Tell whether an element of a target shape may be 0; one computed from sizes is none."""
+    if name in graph.constants:
+        return bool((graph.constants[name] == 0).any())
+    maker = graph.maker.get(name)
+    return maker is None or maker.op_type == "Constant"
 
 
 def _same_shape(graph: _Graph, shape: str, width: int) -> bool:
@@ -262,27 +278,65 @@ def _is_size(graph: _Graph, name: str, axis: int) -> bool:
     )
 
 
-def _width(graph: _Graph, name: str, depth: int = 0) -> int | None:
-    """Return the last dimension of a (batch, tokens, width) tensor, where its makers tell."""
-    node = graph.maker.get(name)
-    if node is None or depth > 12:
-        return None
+def _widths(graph: _Graph) -> dict[str, int]:
+    """Return the last dimension of every tensor that its makers show to be (batch, tokens, width).
+
+    It begins at layer norms whose shape ONNX can infer; ONNX knows nothing of MultiHeadAttention.
+    """
+    shapes = _inferred(graph.model)
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        width = _width(graph, node, found, shapes)
+        if width is not None:
+            found[node.output[0]] = width
+        if node.op_type == "Split" and len(node.input) > 1 and node.input[0] in found:
+            sizes = graph.constants.get(node.input[1])
+            if sizes is not None and attribute(node, "axis", 0) in (-1, 2):
+                found.update(zip(node.output, map(int, sizes), strict=True))
+    return found
+
+
+def _width(
+    graph: _Graph, node: onnx.NodeProto, found: dict[str, int], shapes: dict[str, list[int]]
+) -> int | None:
+    """Return the width of a node's output, of the widths found before it."""
+    known = found.get(node.input[0]) if node.input else None
     if node.op_type == "LayerNormalization":
-        weight = graph.constants.get(node.input[1])
-        return int(weight.shape[0]) if weight is not None and weight.ndim == 1 else None
+        shape = shapes.get(node.output[0])
+        if shape is None:
+            return known
+        # a first dimension that is a number is no batch
+        return shape[2] if len(shape) == 3 and shape[0] == 0 and shape[2] > 0 else None
     if node.op_type == "MatMul":
         weight = graph.constants.get(node.input[1])
-        if weight is None or weight.ndim != 2 or _width(graph, node.input[0], depth + 1) is None:
-            return None
-        return int(weight.shape[1])
-    if node.op_type in ("Add", "Mul", "Gelu", "Relu", "Tanh"):
-        widths = [_width(graph, i, depth + 1) for i in node.input if i not in graph.constants]
-        return widths[0] if widths and len(set(widths)) == 1 else None
-    if node.op_type == "MultiHeadAttention":
-        return _width(graph, node.input[0], depth + 1)
-    if node.op_type == "Split":
-        sizes = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-        if sizes is None or _width(graph, node.input[0], depth + 1) is None:
-            return None
-        return int(sizes[list(node.output).index(name)])
-    return None
+        return int(weight.shape[1]) if known and weight is not None and weight.ndim == 2 else None
+    if node.op_type in ("Add", "Mul"):
+        widths = {found.get(i) for i in node.input if i not in graph.constants}
+        width = widths.pop() if len(widths) == 1 else None
+        fits = all(
+            width and _broadcasts(graph.constants[i].shape, width)
+            for i in node.input
+            if i in graph.constants
+        )
+        return width if fits else None
+    if node.op_type == "MultiHeadAttention":  # (batch, tokens of the query, width of the value)
+        return found.get(node.input[2]) if known and len(node.input) > 2 else None
+    if node.op_type == "Reshape":
+        return known if known and _same_shape(graph, node.input[1], known) else None
+    return known if node.op_type in ("Gelu", "Relu", "Tanh") else None
+
+
+def _broadcasts(shape: tuple[int, ...], width: int) -> bool:
+    """Tell whether a constant leaves (batch, tokens, width) what it is."""
+    batch = shape[0] if len(shape) == 3 else 1
+    return len(shape) <= 3 and batch == 1 and (not shape or shape[-1] in (1, width))
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Return the shapes that ONNX infers; a dimension that is no number is 0."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return {
+        value.name: [int(d.dim_value) for d in value.type.tensor_type.shape.dim]
+        for value in inferred.graph.value_info
+        if value.type.tensor_type.HasField("shape")
+    }

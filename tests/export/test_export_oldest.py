@@ -14,10 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgetune.config import TrainConfig
+from edgetune.export import export
+from edgetune.profile import load_profile
 from edgetune.quantize.blocks import quantize_blocks
 from edgetune.quantize.dynamic import quantize_dynamic
 from edgetune.quantize.embeddings import quantize_embeddings
 from edgetune.quantize.qdq import quantize_static
+from edgetune.train import train
 
 PROFILES = Path(__file__).resolve().parents[2] / "profiles"
 
@@ -135,7 +139,7 @@ def oldest() -> str:
 
 @pytest.fixture(scope="module")
 def oldest_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python that has the oldest onnxruntime and nothing else."""
+    """A Python that has the oldest onnxruntime and, as a device for texts, click and tokenizers."""
     uv = shutil.which("uv") or str(Path(sys.executable).parent / "uv")
     if not Path(uv).exists():
         pytest.skip("uv is not installed")
@@ -143,7 +147,7 @@ def oldest_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     python = str(folder / "bin" / "python")
     # its wheels are for Python up to 3.12 and numpy 1
     version = "{}.{}".format(*sys.version_info) if sys.version_info < (3, 13) else "3.12"
-    wanted = [f"onnxruntime=={oldest()}", "numpy<2"]
+    wanted = [f"onnxruntime=={oldest()}", "numpy<2", "click", "tokenizers"]
     for command in (
         [uv, "venv", "-q", "-p", version, folder],
         [uv, "pip", "install", "-q", "-p", python, "--only-binary", ":all:", *wanted],
@@ -197,3 +201,28 @@ def test_quantized_answers_are_near_those_of_fp32(
     (before, _), (real, _) = answers(name), answers(f"{name.split()[0]} fp32")
     noise = ((before - real) ** 2).mean() / (real**2).mean()
     assert noise < (0.01 if "4-bit" in name else 0.001)
+
+
+def test_a_bundle_verifies_on_the_oldest_onnxruntime(
+    oldest_python: str, switches: Path, tiny_bert: str, tmp_path: Path
+):
+    config = TrainConfig(
+        task="text-classification", model=tiny_bert, data=str(switches), method="full", lr=5e-3,
+        epochs=1, batch_size=8, output=str(tmp_path / "run"), cpu=True,
+    )  # fmt: skip
+    train(config)
+    profile = load_profile("raspberry-pi-4")
+    assert profile.runtime.onnxruntime_min == oldest()
+    # so small a net, taught so little, may lose anything and gains no speed
+    result = export(
+        tmp_path / "run", output=tmp_path / "bundle", profile=profile.name, precision="int8",
+        max_drop=1.0, allow=("speed",), name="oldest",
+    )  # fmt: skip
+    # of the repository only what a device has: the environment has no torch and no onnx
+    done = subprocess.run(
+        [oldest_python, "-m", "edgetune.runtime.cli", "verify", str(result.bundle)],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(PROFILES.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "goldens answered as expected" in done.stdout

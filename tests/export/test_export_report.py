@@ -188,6 +188,24 @@ def test_nothing_is_loaded_from_outside():
     assert not re.search(r"url\((?!#)", text)
 
 
+def test_the_gate_says_what_it_saw_of_the_chosen_candidate():
+    refused = dataclasses.replace(int8(), rung="int8 static", status="failed")
+    found = Page(search_html(report(fp32(), int8(), refused)))
+    assert "The gate: int8 dynamic against fp32" in found.text
+    assert row_of(found, "samples")[1] == "100 of the validation split"
+    # one discordant pair: the exact two-sided McNemar p is 2 x 0.5
+    assert row_of(found, "same answer")[1] == ("99.0 % of them; 1 lost, 0 gained (McNemar p 1)")
+    assert row_of(found, "accuracy lost")[1].startswith("1.00 points, 95 % interval ")
+    # sample 3 is one of the 50 of class b
+    assert row_of(found, "worst class")[1] == "2.00 points of recall, b, 50 samples"
+    # one-hot answers: the one that changed went from 0 to 1
+    assert row_of(found, "largest change")[1] == "1.000"
+    # without a choice it is the last that was compared, and without a comparison none
+    last = search_html(report(fp32(), dataclasses.replace(int8(), status="failed"), refused))
+    assert "The gate: int8 static against fp32" in Page(last).text
+    assert "The gate" not in Page(search_html(report(fp32()))).text
+
+
 def test_layers_stand_most_damaging_first_with_bars_to_scale():
     layers = (layer("mild", 40.0), layer("none", None), layer("bold", 20.0, accuracy_drop=0.03))
     text = search_html(report(fp32(), layers=layers))

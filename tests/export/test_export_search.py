@@ -216,3 +216,29 @@ def test_an_unknown_word_is_refused_with_the_nearest():
         "allow: expected one of accuracy, samples, latency, size, memory, speed,"
         " got 'latencies'; did you mean 'latency'?"
     )
+
+
+# lines of students
+
+LINE = {"half": ("depth", 0.5), "third": ("depth", 0.33), "most": ("depth", 0.67)}
+STUDENTS = [("half", "half"), ("third", "third"), ("most", "most"), ("other", "other")]
+
+
+def test_a_student_that_keeps_more_is_not_tried_after_one_that_passed():
+    found = dict(still_worth(STUDENTS, {"half": frozenset()}, {"half": "half"}, LINE))
+    assert found == {
+        "third": "", "other": "", "most": "half keeps less, is faster, and meets every budget",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", ["accuracy", "samples"])
+def test_a_student_that_keeps_less_is_not_tried_after_one_that_lost_too_much(missing: str):
+    found = dict(still_worth(STUDENTS, {"half": frozenset({missing})}, {"half": "half"}, LINE))
+    assert found == {
+        "third": "keeps less than half, which loses too much", "most": "", "other": "",
+    }  # fmt: skip
+
+
+def test_a_student_that_cost_too_much_says_nothing_of_smaller_ones():
+    found = dict(still_worth(STUDENTS, {"half": frozenset({"latency"})}, {"half": "half"}, LINE))
+    assert [found["third"], found["most"]] == ["", ""]

@@ -1,3 +1,4 @@
+import json
 import os
 import platform
 import shutil
@@ -14,19 +15,24 @@ import edgetune.runtime.ort  # noqa: F401  its telemetry is off before onnxrunti
 from edgetune.errors import ConfigError
 from edgetune.quantize import arithmetic
 from edgetune.quantize.arithmetic import emulate, host_arithmetic, saturation
+from edgetune.quantize.qdq import quantize_static
+from edgetune.runtime import device
 
 CODES = {"u8": np.uint8, "s8": np.int8}
 
-# what a process of its own, with VNNI hidden, runs: every model of a folder on its feeds
+# what a process of its own, with VNNI hidden, runs: every model of a folder on its feeds, with its
+# session options
 RUN_FOLDER = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
 for path in sorted(Path(sys.argv[1]).glob("*.onnx")):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for key, value in json.loads(path.with_suffix(".json").read_text()).items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     feeds = dict(np.load(path.with_suffix(".npz")))
     np.save(path.with_suffix(".npy"), session.run(None, feeds)[0])
@@ -170,7 +176,8 @@ def integer(rows, depth, outputs, *, a_zero_point=0, w_zero_point=0):
 
 def conv_net():
     """Conv - Relu - depthwise Conv - pointwise Conv - pooling - Gemm, by onnxruntime's tools."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat
+    from onnxruntime.quantization import quantize_static as stock_quantize_static
 
     rng = np.random.default_rng(4)
 
@@ -205,7 +212,7 @@ def conv_net():
     ]
     given = [("x", TensorProto.FLOAT, ["batch", 3, 12, 12])]
     made = graph(nodes, given, [("logits", TensorProto.FLOAT)], constants)
-    return made, Reader(), QuantFormat.QDQ, quantize_static
+    return made, Reader(), QuantFormat.QDQ, stock_quantize_static
 
 
 CASES = {
@@ -258,14 +265,34 @@ NEVER = {
     "u8_conv": qdq("Conv", (1, 6, 9, 9), (8, 6, 3, 3), weight="u8"),
 }
 ALL = {**CASES, **NEVER}
+# of the models below, the session options of onnxruntime that are not its defaults
+SESSION = {"static_precise": {"session.x64quantprecision": "1"}}
+
+
+def static_net(layer_codes=None):
+    """The net of `conv_net`, quantized as a rung does it."""
+    made, *_ = conv_net()
+    feeds = [
+        {"x": np.random.default_rng(seed).uniform(-1, 3, (2, 3, 12, 12)).astype(np.float32)}
+        for seed in (9, 10)
+    ]
+    return quantize_static(made, feeds, layer_codes=layer_codes), feeds[0]
+
+
+STATIC_LAYERS = ["first", "depthwise", "pointwise", "head"]
+STATIC = {
+    "static": static_net(),
+    "static_precise": static_net(),
+    "static_u8": static_net(dict.fromkeys(STATIC_LAYERS, "u8")),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def quantized_net(tmp_path_factory):
-    made, reader, form, quantize_static = conv_net()
+    made, reader, form, stock_quantize_static = conv_net()
     folder = tmp_path_factory.mktemp("net")
     onnx.save(made, folder / "float.onnx")
-    quantize_static(
+    stock_quantize_static(
         folder / "float.onnx", folder / "int8.onnx", reader, quant_format=form, per_channel=True
     )
     feeds = {"x": np.random.default_rng(9).uniform(-1, 3, (2, 3, 12, 12)).astype(np.float32)}
@@ -275,7 +302,7 @@ def quantized_net(tmp_path_factory):
 @pytest.fixture(scope="module")
 def without_vnni(tmp_path_factory, quantized_net):
     """Stock onnxruntime's answers on its AVX2 kernels."""
-    models = {**ALL, "net": quantized_net}
+    models = {**ALL, **STATIC, "net": quantized_net}
     if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
         pytest.skip("the kernels that saturate are x86's, and hiding VNNI needs Linux")
     folder = tmp_path_factory.mktemp("hidden")
@@ -292,6 +319,7 @@ def without_vnni(tmp_path_factory, quantized_net):
     for name, (model, feeds) in models.items():
         onnx.save(model, folder / f"{name}.onnx")
         np.savez(folder / f"{name}.npz", **feeds)
+        (folder / f"{name}.json").write_text(json.dumps(SESSION.get(name, {})))
     done = subprocess.run([sys.executable, "-c", RUN_FOLDER, folder], env=env, check=False)
     if done.returncode == 77:
         pytest.skip("the kernel does not let CPUID fault")
@@ -315,8 +343,8 @@ def natively_exact():
     ],
 )
 def test_arithmetic_follows_from_the_cpu_features(monkeypatch, machine, features, expected):
-    monkeypatch.setattr(arithmetic.platform, "machine", lambda: machine)
-    monkeypatch.setattr(arithmetic, "cpu_features", lambda: features)
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    monkeypatch.setattr(device, "cpu_features", lambda: features)
     assert host_arithmetic() == expected
 
 
@@ -417,10 +445,8 @@ def test_every_case_does_saturate(name):
 @pytest.mark.parametrize("name", NEVER)
 def test_layers_exact_on_every_cpu_stay_as_they_are(name):
     model, _ = NEVER[name]
-    saturating, exact = emulate(model, "saturates"), emulate(model, "exact")
-    assert saturating.SerializeToString() == exact.SerializeToString()
-    kernels = {node.op_type for node in exact.graph.node}
-    assert kernels & {"QLinearConv", "QLinearMatMul"}
+    assert emulate(model, "saturates") == model
+    assert emulate(model, "exact") == model
 
 
 def test_conv_net_answers_as_with_and_without_vnni(quantized_net, without_vnni):
@@ -430,6 +456,30 @@ def test_conv_net_answers_as_with_and_without_vnni(quantized_net, without_vnni):
     if host_arithmetic() == "exact":
         np.testing.assert_array_equal(exact, run(model, feeds))
     assert (exact != without_vnni["net"]).any()
+
+
+def test_a_static_net_without_a_repair_saturates(without_vnni):
+    model, feeds = STATIC["static"]
+    np.testing.assert_array_equal(run(emulate(model, "saturates"), feeds), without_vnni["static"])
+    assert (run(emulate(model, "exact"), feeds) != without_vnni["static"]).any()
+    assert sum(layer.saturated for layer in saturation(model, [feeds])) > 0
+
+
+def test_x64quantprecision_makes_every_sum_exact(without_vnni):
+    model, feeds = STATIC["static_precise"]
+    exact = run(emulate(model, "exact"), feeds)
+    np.testing.assert_array_equal(without_vnni["static_precise"], exact)
+    assert (without_vnni["static"] != exact).any()
+
+
+def test_layers_of_u8_weights_answer_alike_with_and_without_vnni(without_vnni):
+    model, feeds = STATIC["static_u8"]
+    np.testing.assert_array_equal(without_vnni["static_u8"], run(emulate(model, "exact"), feeds))
+    if host_arithmetic() == "exact":
+        np.testing.assert_array_equal(without_vnni["static_u8"], run(model, feeds))
+    # the same values as the s8 weights that do saturate
+    real, _ = STATIC["static"]
+    np.testing.assert_array_equal(without_vnni["static_u8"], run(emulate(real, "exact"), feeds))
 
 
 def test_conv_net_is_reported_layer_by_layer(quantized_net):
