@@ -29,7 +29,7 @@ from edgetune.runtime.records import from_mapping
 
 # what a small application does: start, load, answer once. Arguments: bundle, threads
 # (0: the manifest's), the sample (else the first golden)
-_FIRST_ANSWER = """\
+FIRST_ANSWER = """\
 import sys
 from edgetune.errors import EdgetuneError
 try:
@@ -117,7 +117,7 @@ def bench(
         raise ConfigError(f"cold_starts: expected at least 0, got {cold_starts}")
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    text = _read_sample(sample, bundle)
+    text = read_sample(sample, bundle)
     say = progress or (lambda _: None)
 
     say(f"measuring {manifest.name}: {runs} runs, {seconds:g} s at most")
@@ -137,11 +137,11 @@ def bench(
         profile_threads=manifest.session.intra_op_threads,
         size_mib=bundle.size_bytes / 2**20,
         measurement=measurement,
-        cold_start=_cold_start(starts) if starts else None,
+        cold_start=summarize_starts(starts) if starts else None,
     )
 
 
-def _read_sample(sample: str | None, bundle: Bundle) -> str | None:
+def read_sample(sample: str | None, bundle: Bundle) -> str | None:
     """Return the text in the file `sample` where the task takes text and there is such a file."""
     if sample is None or TOKENIZER_NAME not in bundle.manifest.files:
         return sample
@@ -167,11 +167,12 @@ def _first_answer(
     """Return (milliseconds from start to first answer, peak RSS in MiB) of one process."""
     arguments = [str(folder), str(threads or 0), *([sample] if sample is not None else [])]
     begin = time.monotonic()  # one clock for all processes of a machine
-    answered, _, peak = _run_child(["-c", _FIRST_ANSWER, *arguments]).strip().partition(" ")
+    answered, _, peak = _run_child(["-c", FIRST_ANSWER, *arguments]).strip().partition(" ")
     return (float(answered) - begin) * 1e3, float(peak) if peak else None
 
 
-def _cold_start(starts: list[tuple[float, float | None]]) -> ColdStart:
+def summarize_starts(starts: list[tuple[float, float | None]]) -> ColdStart:
+    """Return the cold start of (milliseconds, peak RSS in MiB) of each process."""
     each = tuple(milliseconds for milliseconds, _ in starts)
     peaks = [peak for _, peak in starts if peak is not None]
     return ColdStart(
@@ -201,7 +202,7 @@ def _run_child(arguments: list[str]) -> str:
     except OSError as error:
         raise ResourceError(f"cannot start {sys.executable}: {error}") from error
     if done.returncode:
-        raise _error(done.returncode, done.stderr)
+        raise child_error(done.returncode, done.stderr)
     return done.stdout
 
 
@@ -210,7 +211,7 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
-def _error(returncode: int, stderr: str) -> EdgetuneError:
+def child_error(returncode: int, stderr: str) -> EdgetuneError:
     """Turn a child's exit code and standard error into the error that it stands for."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     last = lines[-1].strip().removeprefix("error: ") if lines else "no message"

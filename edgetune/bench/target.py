@@ -24,11 +24,11 @@ from typing import Any
 import edgetune
 from edgetune.bench.doctor import meets, read_requirements
 from edgetune.bench.latency import (
-    _FIRST_ANSWER,
+    FIRST_ANSWER,
     BenchReport,
-    _cold_start,
-    _error,
-    _read_sample,
+    child_error,
+    read_sample,
+    summarize_starts,
 )
 from edgetune.bench.remote import digest_of
 from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityError, ResourceError
@@ -184,12 +184,12 @@ def bench_target(
         connection,
         {
             "operation": "run", "environment": used, "arguments": arguments, "threads": threads,
-            "cold_starts": cold_starts, "first_answer": _FIRST_ANSWER, "keep": keep,
+            "cold_starts": cold_starts, "first_answer": FIRST_ANSWER, "keep": keep,
             **names, **given,
         },
     )  # fmt: skip
     if "returncode" in reply:
-        raise _error(reply["returncode"], reply["stderr"])
+        raise child_error(reply["returncode"], reply["stderr"])
     manifest = bundle.manifest
     starts = [(milliseconds, peak) for milliseconds, peak in reply["starts"]]
     return BenchReport(
@@ -200,7 +200,7 @@ def bench_target(
         profile_threads=manifest.session.intra_op_threads,
         size_mib=bundle.size_bytes / 2**20,
         measurement=from_mapping(Measurement, reply["measurement"], where=str(connection.target)),
-        cold_start=_cold_start(starts) if starts else None,
+        cold_start=summarize_starts(starts) if starts else None,
         target=str(connection.target),
     )
 
@@ -290,7 +290,7 @@ def _sample(sample: str | None, bundle: Bundle) -> dict[str, Any]:
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    text = _read_sample(sample, bundle)
+    text = read_sample(sample, bundle)
     if text is None or TOKENIZER_NAME in bundle.manifest.files:
         return {"text": text, "file": None}
     path = Path(text)
@@ -495,7 +495,7 @@ def _failure(connection: Connection, operation: str, returncode: int, said: str)
             f"{target}: no {connection.python} there ({last}); install Python"
             f" {'.'.join(map(str, MIN_PYTHON))} or newer, or name one with --target-python"
         )
-    error = _error(returncode, said)
+    error = child_error(returncode, said)
     return type(error)(f"{target}: {error}")
 
 

@@ -9,8 +9,9 @@ from edgetune.cli.output import echo_json, echo_table
 
 if TYPE_CHECKING:
     from edgetune.export import ExportResult
-    from edgetune.export.bundle import PrecisionChoice, Search
+    from edgetune.export.bundle import PrecisionChoice
     from edgetune.export.candidate import Candidate
+    from edgetune.export.climb import Search
 
 PRECISIONS: "tuple[PrecisionChoice, ...]" = ("auto", "fp32", "fp16", "int8", "int4")
 SEARCHES: "tuple[Search, ...]" = ("first", "pareto")

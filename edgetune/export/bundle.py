@@ -14,42 +14,30 @@ import torch
 
 from edgetune.bench.evaluate import Answers, answer_run
 from edgetune.data import Dataset, Split
-from edgetune.errors import ConfigError, DataError, GateError, ResourceError
+from edgetune.errors import ConfigError, GateError, ResourceError
 from edgetune.export.cache import FOLDER_NAME, Cache
-from edgetune.export.candidate import Candidate, Laboratory, judged
+from edgetune.export.candidate import Candidate, Laboratory
 from edgetune.export.card import model_card
+from edgetune.export.climb import Climb, Request, Search
 from edgetune.export.pack import CARD_NAME, discard, publish, write_manifest
 from edgetune.export.records import SearchReport
 from edgetune.export.report import ladder_markdown, write_reports
-from edgetune.export.rungs import FP32, Rung, build, rungs_for
-from edgetune.export.search import (
-    Budgets,
-    Lack,
-    best,
-    check_allowed,
-    closest,
-    lacks,
-    still_worth,
-)
-from edgetune.export.students import student
+from edgetune.export.rungs import FP32, Rung, rungs_for
+from edgetune.export.search import Budgets, check_allowed
 from edgetune.export.summary import search_report
-from edgetune.export.workshop import Say, Source, Workshop, spread
+from edgetune.export.workshop import Say, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
 from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.model import EdgeModel
-from edgetune.tasks.paired import Comparison, GatedMetric
-from edgetune.tasks.proportions import samples_needed
+from edgetune.tasks.paired import Comparison
 from edgetune.train.run import Run, open_run, run_dataset
 
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int4"]
-Search = Literal["first", "pareto"]
 
 # the fp32 graph must give torch's logits to this, absolute and relative to the largest logit:
 # float32 sums in another order, nothing more
 PARITY_TOLERANCE = 1e-3
 PARITY_SAMPLES = 32
-# a student gets this part of the time that is left
-STUDENTS_TO_COME = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +189,15 @@ def export_run(
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         shop = Workshop(run, dataset, profile, Cache(run.folder / FOLDER_NAME), on_stage or _silent)
-        exporter = _Exporter(shop, workplace, name, release, output)
-        exporter.budgets = _with_profile(budgets or Budgets(), profile)
-        exporter.allowed = allowed
-        exporter.search = search
-        # what was asked for by its name is tried, whatever its place on the ladder
-        exporter.named = {r.name for r in chosen_rungs} if rungs or precision == "int4" else set()
-        exporter.deadline = time.monotonic() + (time_budget_s or float("inf"))
-        exporter.fp32_will_do = precision in ("auto", "fp32") and (not rungs or "fp32" in rungs)
+        request = Request(
+            budgets=_with_profile(budgets or Budgets(), profile),
+            allowed=allowed,
+            search=search,
+            named=frozenset(r.name for r in chosen_rungs if rungs or precision == "int4"),
+            deadline=time.monotonic() + (time_budget_s or float("inf")),
+            fp32_will_do=precision in ("auto", "fp32") and (not rungs or "fp32" in rungs),
+        )
+        exporter = _Exporter(Laboratory(shop, workplace, name, release), request, output)
         return exporter.export(chosen_rungs)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written: {error}") from error
@@ -219,42 +208,27 @@ def export_run(
 class _Exporter:
     """One export: the climb, the choice, the bundle."""
 
-    budgets: Budgets
-    allowed: tuple[Lack, ...]
-    search: Search
-    named: set[str]
-    deadline: float
-    fp32_will_do: bool
-
-    def __init__(
-        self, shop: Workshop, workplace: Path, name: str, release: int, output: Path
-    ) -> None:
-        self.shop, self.run, self.say = shop, shop.run, shop.say
-        self.workplace, self.name, self.output = workplace, name, output
-        self.laboratory = Laboratory(shop, workplace, name, release)
-        self.tried: list[Candidate] = []
-        self.passed_over: list[tuple[Rung, str]] = []
-        self.notes: list[str] = []
+    def __init__(self, laboratory: Laboratory, request: Request, output: Path) -> None:
+        self.laboratory, self.shop = laboratory, laboratory.shop
+        self.run, self.say = laboratory.shop.run, laboratory.shop.say
+        self.request, self.output = request, output
 
     def export(self, rungs: list[Rung]) -> ExportResult:
         begin = time.monotonic()
         self.say("writing the graph")
-        source = self.shop.source("run", lambda: self.run.task)
-        reference = self._reference(source)
+        climb = Climb(self.laboratory, self.request)
+        reference = climb.measure_fp32(self.shop.source("run", lambda: self.run.task))
         self.say("comparing the graph with torch")
         parity = check_parity(self.run, EdgeModel.load(reference.folder), self.laboratory.val)
         shown = self.laboratory.shown
         self.say(f"measuring torch on {len(shown.labels)} {shown.name} samples")
         in_torch = answer_run(self.run.task, shown, self.run.record.labels)
         self.run.task.network.cpu()  # where a GPU answered
-        self._climb(rungs, reference)
-        chosen = self._choose()
+        climb.climb(rungs, reference)
+        chosen = climb.choose()
         report = search_report(
-            self.tried, self.passed_over, chosen,
-            name=self.name, profile=self.shop.profile, budgets=self.budgets,
-            allowed=self.allowed, notes=self.notes, search=self.search,
-            seconds=time.monotonic() - begin,
-        )  # fmt: skip
+            climb, chosen, name=self.laboratory.name, seconds=time.monotonic() - begin
+        )
         report_path = write_reports(report, self.output)
         if chosen is None:
             raise GateError(f"{report.verdict}; what was tried: {report_path}")
@@ -275,133 +249,13 @@ class _Exporter:
             ),
             candidates=tuple(
                 shipped if c.rung is chosen.rung else reference if c.rung is FP32 else c
-                for c in self.tried
+                for c in climb.tried
             ),
             chosen=shipped,
             report=report,
             report_path=report_path,
-            notes=tuple(self.notes),
+            notes=tuple(climb.notes),
         )
-
-    def _reference(self, source: Source) -> Candidate:
-        """Measure the fp32 graph, which every other is compared with."""
-        built = FP32.make(self.shop, source)
-        self.shop.use_device_task(self.laboratory.device_task(built, source))
-        reference = self.laboratory.measure(FP32, source, built, made_from_cache=True)
-        missing = lacks(reference.facts(), reference.facts(), self.budgets)
-        reference = dataclasses.replace(reference, missing=missing)
-        self.tried.append(reference)
-        return reference
-
-    def _climb(self, rungs: list[Rung], reference: Candidate) -> None:
-        """Try one rung after the other, until one lacks nothing or the time is up."""
-        if self.search == "pareto":
-            rungs = sorted(rungs, key=lambda rung: rung.fallback)  # stable
-        names = [(rung.name, rung.shape) for rung in rungs]
-        lines = {rung.name: (rung.line, rung.kept) for rung in rungs if rung.line}
-        by_name = {rung.name: rung for rung in rungs}
-        metric: GatedMetric = "f1_macro" if self.run.config.metric == "f1_macro" else "accuracy"
-        skipped: set[str] = set()
-        while True:
-            tried = {c.rung.name: frozenset(self._counted(c)) for c in self.tried}
-            shapes = {c.rung.name: c.rung.shape for c in self.tried if c.rung is not FP32}
-            left = [(n, s) for n, s in names if n not in tried and n not in skipped]
-            step = next(iter(still_worth(left, tried, shapes, lines)), None)
-            if step is None:
-                return
-            rung, reason = by_name[step[0]], step[1]
-            if not reason:
-                reason = self._hopeless()
-            if not reason and rung.explore and not (rung.name in self.named or self._explores()):
-                reason = "only tried where the others cost too much, or with --search pareto"
-            if not reason and time.monotonic() > self.deadline:
-                reason = "the time budget was spent"
-            if reason:
-                skipped.add(rung.name)
-                self.passed_over.append((rung, reason))
-                continue
-            try:
-                candidate = judged(self._try(rung), reference, self.budgets, metric)
-            except (ConfigError, DataError, GateError) as error:
-                # a rung may not suit a model (no such parts, values beyond float16): the next may
-                skipped.add(rung.name)
-                self.passed_over.append((rung, f"cannot be made: {error}"))
-                self.say(f"{rung.name}: cannot be made: {error}")
-                continue
-            missing = lacks(candidate.facts(), reference.facts(), self.budgets)
-            candidate = dataclasses.replace(candidate, missing=missing)
-            self.tried.append(candidate)
-            self.say(f"{rung.name}: {self._said(candidate)}")
-            if self.search == "first" and not self._counted(candidate):
-                return
-
-    def _hopeless(self) -> str:
-        """Return why no candidate at all could be shown to be good enough; "" where it could."""
-        needed = samples_needed(self.budgets.max_drop)
-        samples = len(self.laboratory.val.labels)
-        if "samples" in self.allowed or (needed is not None and needed <= samples):
-            return ""
-        enough = "no number" if needed is None else f"{needed}"
-        return (
-            f"{samples} validation samples cannot show a loss of at most"
-            f" {100 * self.budgets.max_drop:g} points, {enough} would, even without one mistake"
-        )
-
-    def _explores(self) -> bool:
-        """Tell whether a smaller network is wanted: what was tried costs too much."""
-        if self.search == "pareto":
-            return True
-        costly = {"latency", "size", "memory"}
-        return bool(self.tried) and all(costly & set(self._counted(c)) for c in self.tried)
-
-    def _try(self, rung: Rung) -> Candidate:
-        self.say(f"{rung.name}: {rung.about}")
-        begin = time.monotonic()
-        source = self.shop.source(
-            rung.source,
-            lambda: student(self.shop, rung.source, seconds=self._share_of_time()),
-        )
-        built, cached = build(self.shop, rung, source)
-        candidate = self.laboratory.measure(rung, source, built, made_from_cache=cached)
-        return dataclasses.replace(candidate, seconds=time.monotonic() - begin)
-
-    def _share_of_time(self) -> float:
-        """Return the seconds that a student may take: others are to follow."""
-        return (self.deadline - time.monotonic()) / STUDENTS_TO_COME
-
-    def _counted(self, candidate: Candidate) -> list[Lack]:
-        """Return what a candidate lacks and nobody allowed."""
-        return [kind for kind in candidate.missing if kind not in self.allowed]
-
-    def _said(self, candidate: Candidate) -> str:
-        for kind in self._counted(candidate):
-            return candidate.missing[kind].rstrip(".")
-        return "meets every budget"
-
-    def _choose(self) -> Candidate | None:
-        """Return the candidate to ship, or None; fp32 is the last resort."""
-        good = [c for c in self.tried if not self._counted(c)]
-        others = [c for c in good if c.rung is not FP32]
-        if others:
-            fastest = best([c.facts() for c in others]).rung
-            return next(c for c in others if c.rung.name == fastest)
-        if good and self.fp32_will_do:
-            if hopeless := self._hopeless():
-                self.notes.append(f"fp32 is shipped: {hopeless}")
-            elif len(self.tried) > 1:
-                nearest_one = self._nearest([c for c in self.tried if c.rung is not FP32])
-                self.notes.append(
-                    f"fp32 is shipped, since no smaller graph was good enough: the closest,"
-                    f" {nearest_one.rung.name}: {self._said(nearest_one)}"
-                )
-            return good[0]
-        return None
-
-    def _nearest(self, candidates: list[Candidate]) -> Candidate:
-        name = closest(
-            {c.rung.name: {k: c.missing[k] for k in self._counted(c)} for c in candidates}
-        )
-        return next(c for c in candidates if c.rung.name == name)
 
     def _finish(
         self,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from edgetune.errors import ConfigError
 from edgetune.export.cache import code_key, key_of
 from edgetune.export.workshop import Workshop
@@ -80,6 +82,12 @@ def student(shop: Workshop, name: str, *, seconds: float) -> TaskModel:
     made = student_of(teacher, network, image_size=_image_side(teacher, row.image))
     if row.trainable:
         prepare(network, scheme(shop.profile, family.int8, row.trainable))
+    else:
+        network.requires_grad_(True)
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            # the teacher's serve, and a step over a whole vocabulary takes longer than the rest
+            module.weight.requires_grad_(False)
     settings = DistillSettings(
         epochs=row.epochs, lr=row.lr, seconds=seconds if math.isfinite(seconds) else None
     )

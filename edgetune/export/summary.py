@@ -7,6 +7,7 @@ import onnxruntime
 
 from edgetune import __version__
 from edgetune.export.candidate import Candidate
+from edgetune.export.climb import Climb
 from edgetune.export.records import (
     Attempt,
     AttemptStatus,
@@ -15,38 +16,24 @@ from edgetune.export.records import (
     SearchReport,
 )
 from edgetune.export.rungs import FP32, Rung
-from edgetune.export.search import Budgets, Lack, closest, pareto_front
+from edgetune.export.search import Lack, closest, pareto_front
 from edgetune.profile import DeviceProfile
 from edgetune.runtime.device import cpu_model
 
 
 def search_report(
-    tried: Sequence[Candidate],
-    passed_over: Sequence[tuple[Rung, str]],
-    chosen: Candidate | None,
-    *,
-    name: str,
-    profile: DeviceProfile,
-    budgets: Budgets,
-    allowed: Collection[Lack],
-    notes: Sequence[str],
-    search: str,
-    seconds: float,
+    climb: Climb, chosen: Candidate | None, *, name: str, seconds: float
 ) -> SearchReport:
     """Return the whole search as a record.
 
     Args:
-        tried: every candidate, fp32 first.
-        passed_over: rungs that were not tried, and why.
+        climb: what was asked, tried and passed over.
         chosen: the one that is shipped, if any.
         name: of the bundle.
-        profile: of the device.
-        budgets: what was asked.
-        allowed: lacks that were waved through.
-        notes: what the user should know.
-        search: "first" or "pareto".
         seconds: what all of it took.
     """
+    tried, passed_over = climb.tried, climb.passed_over
+    profile, allowed = climb.shop.profile, climb.request.allowed
     front = pareto_front([c.facts() for c in tried])
     attempts = [_attempt(c, chosen, allowed, front) for c in tried]
     attempts += [
@@ -61,17 +48,17 @@ def search_report(
     return SearchReport(
         name=name,
         profile=profile.name,
-        budgets=budgets,
+        budgets=climb.request.budgets,
         attempts=tuple(attempts),
         layers=() if probed is None else _layers(probed),
         saturation=() if repaired is None else _saturation(repaired),
         verdict=verdict_sentence(tried, passed_over, chosen, profile, allowed),
-        notes=tuple(notes),
+        notes=tuple(climb.notes),
         facts=_facts(profile, tried[0]),
         overrides=()
         if chosen is None
         else tuple(f"{kind}: {sentence}" for kind, sentence in chosen.missing.items()),
-        search=search,
+        search=climb.request.search,
         seconds=seconds,
     )
 

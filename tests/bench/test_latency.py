@@ -159,14 +159,14 @@ def test_a_text_task_takes_a_text_or_a_file_with_one(bundle, tmp_path):
     )
     path = tmp_path / "sample.txt"
     path.write_text("Licht an, bitte! ü\n", encoding="utf-8")
-    assert latency._read_sample(str(path), text_bundle) == "Licht an, bitte! ü"
-    assert latency._read_sample("turn it on", text_bundle) == "turn it on"
-    assert latency._read_sample("long " * 2000, text_bundle) == "long " * 2000
-    assert latency._read_sample(None, text_bundle) is None
-    assert latency._read_sample(str(path), opened) == str(path)
+    assert latency.read_sample(str(path), text_bundle) == "Licht an, bitte! ü"
+    assert latency.read_sample("turn it on", text_bundle) == "turn it on"
+    assert latency.read_sample("long " * 2000, text_bundle) == "long " * 2000
+    assert latency.read_sample(None, text_bundle) is None
+    assert latency.read_sample(str(path), opened) == str(path)
     path.write_bytes(b"\xff")
     with pytest.raises(DataError, match="is no UTF-8 text"):
-        latency._read_sample(str(path), text_bundle)
+        latency.read_sample(str(path), text_bundle)
 
 
 def test_a_failing_child_gives_its_own_error(bundle):
@@ -193,7 +193,7 @@ def test_no_bundle_is_an_integrity_error(tmp_path):
     ],
 )
 def test_an_exit_code_maps_to_its_error_class(code, stderr, expected, message):
-    error = latency._error(code, stderr)
+    error = latency.child_error(code, stderr)
     assert type(error) is expected
     assert message in str(error)
 
