@@ -96,6 +96,11 @@ class Climb:
                 return reason
         if hopeless := self._hopeless():
             return hopeless
+        if rung.fallback and rung.name not in self.request.named:
+            for candidate in self.tried:
+                whole = candidate.rung.source == "run" and candidate.rung is not FP32
+                if whole and not {"accuracy", "samples"} & set(self._counted(candidate)):
+                    return f"mends a loss that {candidate.rung.name} does not have"
         if rung.explore and rung.name not in self.request.named and not self._explores():
             return "only tried where the others cost too much, or with --search pareto"
         if time.monotonic() > self.request.deadline:
