@@ -121,7 +121,11 @@ def _area(point: Point, points: Sequence[Point]) -> float:
 
 
 def _draw_front(axes: "Axes", front: Sequence[Point]) -> None:
-    ordered = sorted((p.latency_ms, p.accuracy) for p in front)
+    # the front has a third side, the size; of those on it only what the two axes show is joined
+    ordered: list[tuple[float, float]] = []
+    for latency_ms, accuracy in sorted((p.latency_ms, -p.accuracy) for p in front):
+        if not ordered or -accuracy > ordered[-1][1]:
+            ordered.append((latency_ms, -accuracy))
     if len(ordered) > 1:
         axes.plot(
             [x for x, _ in ordered], [y for _, y in ordered],
