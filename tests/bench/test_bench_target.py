@@ -390,12 +390,21 @@ def wait_until(true, what):
     pytest.fail(f"waited 10 s for: {what}")
 
 
+# what a shell runs in the background ignores SIGINT, and so would its children; tests may run there
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from edgetune.cli.main import main
+main()
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_an_interrupt_here_ends_the_process_there(device, bundle):
     cache = device.hold(bundle)
     arguments = [*device.arguments(), "--runs=100000000", "--warmup=0", "--seconds=60"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgetune.cli.main", "bench", bundle, *arguments],
+        [sys.executable, "-c", INTERRUPTIBLE, "bench", bundle, *arguments],
         stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
@@ -406,7 +415,7 @@ def test_an_interrupt_here_ends_the_process_there(device, bundle):
         process.communicate(timeout=20)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert process.returncode != 0
     wait_until(lambda: not running_in(cache), "the measurement to end")
 
