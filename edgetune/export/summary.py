@@ -73,7 +73,9 @@ def verdict_sentence(
     """Return what came of the search, in one sentence."""
     if chosen is None:
         missing = {
-            c.rung.name: {k: s for k, s in c.missing.items() if k not in allowed} for c in tried
+            c.rung.name: {k: s for k, s in c.missing.items() if k not in allowed}
+            # of those that lack equally much, the smallest is the nearest
+            for c in sorted(tried, key=lambda c: c.size_bytes)
         }
         if not missing[FP32.name]:  # it lacks nothing, but was not asked for
             del missing[FP32.name]
