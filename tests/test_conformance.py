@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from edgetune.bench.database import host_name, record
 from edgetune.bench.evaluate import answer_run, evaluate
 from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError, GateError
@@ -23,6 +24,7 @@ from edgetune.export.workshop import Built
 from edgetune.profile import load_profile
 from edgetune.runtime import EdgeModel
 from edgetune.runtime.bundle import file_sha256, open_bundle
+from edgetune.runtime.measure import measure
 from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
 from edgetune.tasks import TASKS
 from edgetune.train import open_run, run_dataset, train
@@ -208,6 +210,57 @@ def test_what_is_allowed_is_shipped_and_recorded(case, tmp_path):
     assert overrides[0].startswith("accuracy: ")
     card = (result.bundle / "MODEL_CARD.md").read_text()
     assert "Limits that were overridden when this was made: accuracy: " in card
+
+
+def test_another_profile_of_the_same_arithmetic_repeats_nothing(case, tmp_path):
+    twin = tmp_path / "twin.toml"
+    text = (Path(__file__).parents[1] / "profiles" / "x86-64-avx2.toml").read_text()
+    twin.write_text(text.replace('name = "x86-64-avx2"', 'name = "twin"'))
+    stages: list[str] = []
+    options = {**TO_INT8, "profile": str(twin)}
+    result = export(case.run, output=tmp_path / "b", on_stage=stages.append, **options)
+    assert result.profile == "twin"
+    assert all(candidate.cached for candidate in result.candidates)
+    assert not [s for s in stages if s.startswith(("answering", "timing", "calibrating"))]
+
+
+def measured_on(bundle: Path, profile: str, target: str, p50_ms: float, p95_ms: float) -> None:
+    """Record as `edgetune bench` does, with latencies of our choosing."""
+    found = dataclasses.replace(
+        measure(bundle, runs=10, warmup=0, seconds=0.1, threads=1),
+        latency_p50_ms=p50_ms, latency_p95_ms=p95_ms,
+    )  # fmt: skip
+    record(found, open_bundle(bundle).manifest, profile=profile, target=target)
+
+
+def test_what_was_measured_on_the_device_counts_for_later_exports(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "home"))
+    assert case.result.chosen.cost.basis == "estimate"
+    measured_on(case.result.bundle, "x86-64-avx2", "ssh://box", 100.0, 150.0)
+    again = export(case.run, output=tmp_path / "b", max_latency_ms=151.0, **TO_INT8)
+    cost = again.chosen.cost
+    assert (cost.basis, cost.latency_p50_ms, cost.latency_p95_ms) == (
+        "measured on target", 100.0, 150.0,
+    )  # fmt: skip
+    with pytest.raises(GateError, match="p95 is 150 ms, allowed 149"):
+        export(
+            case.run, output=tmp_path / "c", max_latency_ms=149.0,
+            rungs=[again.chosen.rung.name], **TO_INT8,
+        )  # fmt: skip
+
+
+def test_an_estimate_is_scaled_by_what_both_machines_have_run(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "home"))
+    plain = export(case.run, output=tmp_path / "a", **TO_INT8).chosen.cost
+    assert plain.note == "this machine's"
+    # another graph, five times as slow there as here
+    fp32 = export(case.run, output=tmp_path / "fp32", precision="fp32").bundle
+    measured_on(fp32, host_name(), "", 10.0, 11.0)
+    measured_on(fp32, "x86-64-avx2", "ssh://box", 50.0, 99.0)
+    scaled = export(case.run, output=tmp_path / "b", **TO_INT8).chosen.cost
+    assert scaled.basis == "estimate"
+    assert scaled.latency_p95_ms == pytest.approx(5 * plain.latency_p95_ms)
+    assert scaled.note == "this machine's times 5.00, seen on 1 graphs"
 
 
 # one student of each kind is enough here: the others differ in a number

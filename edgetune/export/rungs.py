@@ -28,6 +28,7 @@ from edgetune.quantize.qdq import WeightCode, plan_static, write_static
 from edgetune.quantize.sensitivity import Damage, worst_layers
 from edgetune.quantize.smooth import smooth
 from edgetune.runtime.records import nearest
+from edgetune.tasks import task_kind
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 # what stays float is not small: no more of the parameters than this
@@ -72,18 +73,15 @@ class Rung:
     kept: float = 1.0
 
 
-def leave_fp32(shop: Workshop, source: Source) -> Built:  # noqa: ARG001
+def leave_fp32(shop: Workshop, source: Source) -> Built:
     """Leave the graph as it is."""
-    # no scale is shared here, so texts may share a batch; images of any size may not
-    batch = TEXT_BATCH if _is_text(source) else 1
-    return Built(model=source.model, precision="fp32", max_batch=batch)
+    return Built(model=source.model, precision="fp32", max_batch=_float_batch(shop))
 
 
 def make_fp16(shop: Workshop, source: Source) -> Built:
     """Store and compute in float16."""
-    batch = TEXT_BATCH if _is_text(source) else 1
     model = to_fp16(source.model, feeds=shop.feeds(PROBE_SAMPLES))
-    return Built(model=model, precision="fp16", max_batch=batch)
+    return Built(model=model, precision="fp16", max_batch=_float_batch(shop))
 
 
 def make_static(
@@ -438,5 +436,9 @@ def _rows(damage: list[Damage]) -> tuple[tuple[str, str, int, float], ...]:
     )
 
 
-def _is_text(source: Source) -> bool:
-    return "input_ids" in {value.name for value in source.model.graph.input}
+def _float_batch(shop: Workshop) -> int:
+    """Return the largest batch of a graph without scales that its samples would share.
+
+    Texts may share it; images of any size would make memory depend on them.
+    """
+    return TEXT_BATCH if task_kind(shop.run.config.task) == "text" else 1

@@ -7,8 +7,15 @@ import pytest
 
 from edgetune.errors import ConfigError
 from edgetune.export.rungs import FP32, RUNGS, Rung, rungs_for
-from edgetune.export.students import STUDENTS
-from edgetune.profile import Cpu, DeviceProfile, Memory, PrecisionSettings, RuntimeSettings
+from edgetune.export.students import STUDENTS, scheme
+from edgetune.profile import (
+    Cpu,
+    DeviceProfile,
+    Memory,
+    PrecisionSettings,
+    RuntimeSettings,
+    load_profile,
+)
 
 
 def profile(*, arithmetic: str = "exact", fp16: bool = True, int8: bool = True) -> DeviceProfile:
@@ -118,3 +125,17 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 def test_where_nothing_is_left_it_says_what_to_do(asked: dict, message: str):
     with pytest.raises(ConfigError, match=message + ".*--precision fp32"):
         rungs_for(profile(), **asked)
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "weights", "inputs"),
+    [
+        ("x86-64-avx2", "dynamic", "u8", "dynamic"),
+        ("raspberry-pi-5", "dynamic", "s8", "dynamic"),
+        ("x86-64-avx2", "static", "s8", "static"),
+        ("raspberry-pi-5", "static", "s8", "static"),
+    ],
+)
+def test_training_rounds_as_the_rungs_of_the_profile_do(profile, kind, weights, inputs):
+    found = scheme(load_profile(profile), kind, "all")
+    assert (found.weights, found.inputs, found.trainable) == (weights, inputs, "all")
