@@ -268,8 +268,10 @@ class _Exporter:
         """Complete the chosen draft and move it to its place; return its size in bytes."""
         assert chosen.answers is not None
         assert reference.answers is not None
+        draft = open_bundle(chosen.folder).manifest
         manifest = dataclasses.replace(
-            open_bundle(chosen.folder).manifest,
+            draft,
+            device=dataclasses.replace(draft.device, peak_rss_mib=chosen.cost.peak_rss_mib),
             evaluation=chosen.answers.evaluation(),
             reference=reference.answers.evaluation(),
             overrides=tuple(f"{kind}: {chosen.missing[kind]}" for kind in chosen.missing),

@@ -19,6 +19,7 @@ from edgetune.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Compatibility,
+    Device,
     Evaluation,
     FileEntry,
     Goldens,
@@ -68,6 +69,11 @@ def write_draft(
             onnxruntime_excluded=profile.runtime.onnxruntime_excluded,
             opset=OPSET,
             ir_version=IR_VERSION,
+        ),
+        device=Device(
+            arch=profile.cpu.arch,
+            cpu_features=profile.cpu.features,
+            int8=profile.cpu.int8,
         ),
         session=SessionSettings(
             execution_providers=profile.runtime.execution_providers,

@@ -52,6 +52,21 @@ class Compatibility:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device that the bundle was made for, as its profile describes it.
+
+    `cpu_features` are those of `runtime.device.RELEVANT_FEATURES` that its CPU has; `int8` is how
+    that sums u8 x s8 products; `peak_rss_mib` is what a process that predicts takes, measured or
+    estimated when the bundle was made.
+    """
+
+    arch: str
+    cpu_features: tuple[str, ...]
+    int8: Literal["saturates", "exact"]
+    peak_rss_mib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SessionSettings:
     """How onnxruntime is to run the graph.
 
@@ -108,6 +123,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     compatibility: Compatibility
+    device: Device
     session: SessionSettings
     evaluation: Evaluation
     reference: Evaluation

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from edgetune.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Compatibility,
+    Device,
     Evaluation,
     FileEntry,
     Goldens,
@@ -196,6 +198,7 @@ def base_manifest():
         inputs=(),
         outputs=(),
         compatibility=Compatibility(onnxruntime_min="1.17.0", opset=17, ir_version=8),
+        device=Device(arch=platform.machine().lower(), cpu_features=(), int8="exact"),
         session=SessionSettings(),
         evaluation=MEASURED,
         reference=MEASURED,

@@ -164,7 +164,7 @@ def test_run_stops_at_a_sample_that_is_no_image_with_exit_code_3(rt, color_bundl
     [
         (["run", "BUNDLE"], "Missing argument 'INPUTS...'"),
         (["run"], "Missing argument 'BUNDLE'"),
-        (["rin", "BUNDLE"], "No such command 'rin'"),
+        (["rin", "BUNDLE"], "no command 'rin'; did you mean 'run'?"),
         (["info", "BUNDLE", "--jsn"], "No such option"),
     ],
 )

@@ -68,9 +68,10 @@ HEAVY = ("torch", "onnxruntime", "numpy", "PIL", "tokenizers", "onnx", "transfor
         ("import edgetune", HEAVY),
         ("import edgetune.errors, edgetune.runtime, edgetune.runtime.manifest", HEAVY),
         ("from edgetune.cli.main import cli; cli.main(['--help'], standalone_mode=False)", HEAVY),
-        ("from edgetune.runtime.cli import cli; cli.main(['--help'], standalone_mode=False)",
+        ("from edgetune.runtime.cli.main import cli; cli.main(['--help'], standalone_mode=False)",
          HEAVY),
-        ("from edgetune.runtime.cli import cli; cli.main(['info', BUNDLE], standalone_mode=False)",
+        ("from edgetune.runtime.cli.main import cli;"
+         " cli.main(['info', BUNDLE], standalone_mode=False)",
          HEAVY),
         ("from edgetune.runtime import EdgeModel; EdgeModel.load(BUNDLE)", ("torch", "PIL")),
     ],

@@ -1,0 +1,44 @@
+"""`edgetune-rt info`: what a bundle is."""
+
+import json
+from pathlib import Path
+
+import click
+
+from edgetune.runtime.bundle import open_bundle
+from edgetune.runtime.cli.options import BUNDLE, JSON
+from edgetune.runtime.records import to_mapping
+
+
+@click.command("info")
+@BUNDLE
+@JSON
+def command(bundle: Path, as_json: bool) -> None:
+    """Say what a bundle is: task, labels, size, accuracy, what it needs."""
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    if as_json:
+        click.echo(json.dumps(to_mapping(manifest), indent=2, ensure_ascii=False))
+        return
+    labels = ", ".join(manifest.labels[:12]) + (", ..." if len(manifest.labels) > 12 else "")
+    rows = {
+        "name": f"{manifest.name}, release {manifest.release}",
+        "task": manifest.task,
+        "labels": f"{len(manifest.labels)}: {labels}",
+        "precision": manifest.precision,
+        "profile": manifest.profile,
+        "size": f"{opened.size_bytes / 2**20:.1f} MiB in {len(manifest.files)} files",
+        "onnxruntime": f"{manifest.compatibility.onnxruntime_min} or newer"
+        f" (opset {manifest.compatibility.opset}, IR {manifest.compatibility.ir_version})",
+        "threads": str(manifest.session.intra_op_threads),
+    }
+    for name, metric in manifest.evaluation.metrics.items():
+        rows[name] = (
+            f"{metric.value:.4f} ({metric.low:.4f} to {metric.high:.4f}, 95 %;"
+            f" {manifest.evaluation.samples} {manifest.evaluation.split} samples)"
+        )
+    if manifest.overrides:
+        rows["overrides"] = ", ".join(manifest.overrides)
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        click.echo(f"{name:<{width}}  {value}")
