@@ -19,7 +19,7 @@ from edgetune.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Compatibility,
-    Device,
+    DeviceClass,
     Evaluation,
     FileEntry,
     Goldens,
@@ -70,7 +70,7 @@ def write_draft(
             opset=OPSET,
             ir_version=IR_VERSION,
         ),
-        device=Device(
+        device=DeviceClass(
             arch=profile.cpu.arch,
             cpu_features=profile.cpu.features,
             int8=profile.cpu.int8,

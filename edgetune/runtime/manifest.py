@@ -52,7 +52,7 @@ class Compatibility:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceClass:
     """The device that the bundle was made for, as its profile describes it.
 
     `cpu_features` are those of `runtime.device.RELEVANT_FEATURES` that its CPU has; `int8` is how
@@ -123,7 +123,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     compatibility: Compatibility
-    device: Device
+    device: DeviceClass
     session: SessionSettings
     evaluation: Evaluation
     reference: Evaluation

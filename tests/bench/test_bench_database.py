@@ -18,7 +18,7 @@ from edgetune.bench.database import (
 from edgetune.errors import ConfigError, IntegrityError, ResourceError
 from edgetune.runtime.manifest import (
     Compatibility,
-    Device,
+    DeviceClass,
     Evaluation,
     FileEntry,
     Goldens,
@@ -46,7 +46,7 @@ def manifest(graph="a", **changes):
             inputs=(TensorSpec(name="image", dtype="uint8", shape=("batch", "h", "w", 3)),),
             outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 2)),),
             compatibility=Compatibility(onnxruntime_min="1.17.0", opset=17, ir_version=8),
-            device=Device(arch="x86_64", cpu_features=(), int8="exact"),
+            device=DeviceClass(arch="x86_64", cpu_features=(), int8="exact"),
             session=SessionSettings(intra_op_threads=4),
             evaluation=evaluation,
             reference=evaluation,

@@ -24,7 +24,7 @@ from edgetune.errors import ConfigError, DataError, IntegrityError, ResourceErro
 from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.manifest import (
     Compatibility,
-    Device,
+    DeviceClass,
     Evaluation,
     FileEntry,
     Goldens,
@@ -165,7 +165,7 @@ def write_bundle(folder, name):
         compatibility=Compatibility(
             onnxruntime_min="1.17.0", onnxruntime_excluded=("1.21.0",), opset=17, ir_version=8
         ),
-        device=Device(arch="x86_64", cpu_features=(), int8="exact"),
+        device=DeviceClass(arch="x86_64", cpu_features=(), int8="exact"),
         session=SessionSettings(intra_op_threads=1),
         evaluation=evaluation,
         reference=evaluation,

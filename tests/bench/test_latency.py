@@ -18,7 +18,7 @@ from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityErro
 from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.manifest import (
     Compatibility,
-    Device,
+    DeviceClass,
     Evaluation,
     FileEntry,
     Goldens,
@@ -77,7 +77,7 @@ def bundle(tmp_path_factory):
         inputs=(TensorSpec(name="image", dtype="uint8", shape=("batch", "h", "w", 3)),),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 3)),),
         compatibility=Compatibility(onnxruntime_min="1.17.0", opset=17, ir_version=8),
-        device=Device(arch="x86_64", cpu_features=(), int8="exact"),
+        device=DeviceClass(arch="x86_64", cpu_features=(), int8="exact"),
         session=SessionSettings(intra_op_threads=1),
         evaluation=evaluation,
         reference=evaluation,
