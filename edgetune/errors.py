@@ -5,6 +5,7 @@ EdgetuneError            1
 |   +-- MissingExtraError     an optional package is not installed
 +-- DataError            3   the data is not what the task needs
 +-- ResourceError        4   memory, disk, device or network ran out
+|   +-- PredictionTimeout     an answer took longer than was allowed
 +-- GateError            5   a budget or accuracy gate was not met
 +-- IntegrityError       6   a file is not what its signed description says
 """
@@ -44,6 +45,10 @@ class ResourceError(EdgetuneError):
     """Memory, disk, a device or the network ran out or is absent."""
 
     exit_code = 4
+
+
+class PredictionTimeout(ResourceError):  # noqa: N818 - as TimeoutError and its kin are called
+    """An answer took longer than was allowed."""
 
 
 class GateError(EdgetuneError):

@@ -43,13 +43,18 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSettings:
-    """Which onnxruntime the device has and how it is to run."""
+    """Which onnxruntime the device has and how it is to run.
+
+    `allow_spinning` lets idle threads burn CPU time to answer a little sooner; `arena` lets
+    onnxruntime keep the memory that it once took.
+    """
 
     onnxruntime_min: str
     onnxruntime_excluded: tuple[str, ...] = ()
     execution_providers: tuple[str, ...] = ("CPUExecutionProvider",)
     intra_op_threads: int
     allow_spinning: bool = False
+    arena: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ os.environ["EDGETUNE_HOME"] = tempfile.mkdtemp(prefix="edgetune-tests-")
 import numpy as np
 import pytest
 
+pytest_plugins = ("tiny_bundles",)
 # pretrained weights and research data lie beside the repository where edgetune is developed
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -211,8 +211,9 @@ class Laboratory:
         samples = [
             raw_sample(edge.task, self.val, i) for i in spread(len(self.val.inputs), GOLDEN_SAMPLES)
         ]
-        logits = np.concatenate([edge.outputs(s)["logits"] for s in samples])
-        write_goldens(folder, samples, logits)
+        encoded = [edge.task.encode(sample) for sample in samples]
+        logits = np.concatenate([edge.run(edge.task.stack([e]))["logits"] for e in encoded])
+        write_goldens(folder, samples, encoded, logits)
         share = GOLDEN_TOLERANCE.get(precision, INTEGER_TOLERANCE)
         tolerance = share * max(1.0, float(np.abs(logits).max()))
         manifest = open_bundle(folder).manifest

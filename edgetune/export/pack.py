@@ -79,6 +79,7 @@ def write_draft(
             execution_providers=profile.runtime.execution_providers,
             intra_op_threads=profile.runtime.intra_op_threads,
             allow_spinning=profile.runtime.allow_spinning,
+            arena=profile.runtime.arena,
             config=dict(session_config or {}),
             max_batch=max_batch,
         ),
@@ -103,11 +104,25 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def write_goldens(folder: Path, samples: Sequence[Any], logits: np.ndarray) -> None:
-    """Write goldens.npz: raw samples (str or uint8 pixels) and the logits expected of them."""
+def write_goldens(
+    folder: Path,
+    samples: Sequence[Any],
+    encoded: Sequence[Mapping[str, np.ndarray]],
+    logits: np.ndarray,
+) -> None:
+    """Write goldens.npz, uncompressed: what a device is asked and the logits expected of it.
+
+    Args:
+        folder: the bundle's.
+        samples: raw: str, or uint8 pixels of shape (height, width, 3).
+        encoded: the graph's own inputs; token ids are stored too, for programs that have no
+            tokenizer.
+        logits: shape (samples, labels).
+    """
     arrays: dict[str, Any] = {f"input_{i}": np.array(sample) for i, sample in enumerate(samples)}
+    arrays |= {f"ids_{i}": e["input_ids"] for i, e in enumerate(encoded) if "input_ids" in e}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, logits=logits.astype(np.float32), **arrays)
+    np.savez(buffer, logits=logits.astype(np.float32), **arrays)
     (folder / GOLDENS_NAME).write_bytes(buffer.getvalue())
 
 

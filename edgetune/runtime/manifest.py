@@ -10,7 +10,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from edgetune.errors import IntegrityError
@@ -20,8 +19,27 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_DEPTH = 32
-# names are flat: no folder, no leading dot, nothing that a shell or a zip could turn against us
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+MAX_FILES = 63
+# names are flat: no folder, no dot at either end, nothing that a shell, a zip or a file system
+# could turn against us
+FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
+# what Windows opens as a device, whatever follows the first dot
+DEVICE_NAME = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+# the session options that a bundle may set: none names a file, loads code or writes anything
+# (onnxruntime_session_options_config_keys.h has all)
+SESSION_KEYS = frozenset(
+    {
+        "session.x64quantprecision",
+        "session.disable_prepacking",
+        "session.disable_quant_qdq",
+        "session.disable_double_qdq_remover",
+        "session.enable_quant_qdq_cleanup",
+        "session.disable_cpu_ep_fallback",
+        "session.dynamic_block_base",
+        "session.set_denormal_as_zero",
+        "mlas.enable_gemm_fastmath_arm64_bfloat16",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,7 @@ class DeviceClass:
 class SessionSettings:
     """How onnxruntime is to run the graph.
 
+    `arena` is onnxruntime's own pool of memory: faster, but what it once took it keeps.
     `max_batch` is 1 where the graph quantizes activations at run time: their scale is taken
     over the whole batch, so one sample's answer would depend on its neighbours.
     """
@@ -77,6 +96,7 @@ class SessionSettings:
     execution_providers: tuple[str, ...] = ("CPUExecutionProvider",)
     intra_op_threads: int = 1
     allow_spinning: bool = False
+    arena: bool = True
     graph_optimization: Literal["off", "basic", "extended", "all"] = "all"
     config: dict[str, str] = field(default_factory=dict)
     max_batch: int = 1
@@ -134,27 +154,13 @@ class Manifest:
     digest: str = ""
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder`/manifest.json.
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """Parse and check the bytes of manifest.json, at most MAX_MANIFEST_BYTES.
 
     Raises:
-        IntegrityError: it is absent, too large, no JSON, ill-typed, of an unknown schema, was
-            edited after it was made, or names a file that a bundle cannot have.
+        IntegrityError: they are no JSON, ill-typed, of an unknown schema, were edited after they
+            were made, name a file that a bundle cannot have, or a value is out of bounds.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or error
-        raise IntegrityError(f"{folder}: is no bundle: {MANIFEST_NAME}: {reason}") from error
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise IntegrityError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-    return parse_manifest(data, where=str(path))
-
-
-def parse_manifest(data: bytes, *, where: str) -> Manifest:
-    """Parse a manifest's bytes; see `read_manifest` for the errors."""
     try:
         mapping = json.loads(
             data,
@@ -177,11 +183,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     stated = mapping.pop("digest", "")
     if stated != _digest(mapping):
         raise IntegrityError(f"{where}: was changed after it was made (its digest does not match)")
-    for name, entry in manifest.files.items():
-        if not FILE_NAME.fullmatch(name) or name == MANIFEST_NAME:
-            raise IntegrityError(f"{where}: {name!r} is no name that a bundle's file may have")
-        if entry.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
-            raise IntegrityError(f"{where}: {name}: size or sha256 is malformed")
+    _check_files(manifest.files, where)
     _check_values(manifest, where)
     return manifest
 
@@ -199,6 +201,19 @@ def _digest(mapping: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _check_files(files: dict[str, FileEntry], where: str) -> None:
+    if len(files) > MAX_FILES:
+        raise IntegrityError(f"{where}: files: {len(files)}, allowed {MAX_FILES}")
+    for name, entry in files.items():
+        allowed = FILE_NAME.fullmatch(name) and not DEVICE_NAME.fullmatch(name)
+        if not allowed or name.lower() == MANIFEST_NAME:
+            raise IntegrityError(f"{where}: {name!r:.200} is no name that a bundle's file may have")
+        if entry.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
+            raise IntegrityError(f"{where}: {name}: size or sha256 is malformed")
+    if len({name.lower() for name in files}) < len(files):
+        raise IntegrityError(f"{where}: files: two names differ only in upper and lower case")
+
+
 def _check_values(manifest: Manifest, where: str) -> None:
     lowest = {
         "release": (manifest.release, 1),
@@ -210,6 +225,11 @@ def _check_values(manifest: Manifest, where: str) -> None:
     for key, (value, least) in lowest.items():
         if value < least:
             raise IntegrityError(f"{where}: {key}: expected at least {least}, got {value}")
+    for key in manifest.session.config:
+        if key not in SESSION_KEYS:
+            raise IntegrityError(
+                f"{where}: session: config: {key!r:.200} is no option that a bundle may set"
+            )
     if len(set(manifest.labels)) != len(manifest.labels):
         raise IntegrityError(f"{where}: labels: one of them is there twice")
 

@@ -1,17 +1,21 @@
 """EdgeModel: load a bundle, predict."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from edgetune.errors import IntegrityError
-from edgetune.runtime.bundle import GOLDENS_NAME, GRAPH_NAME, Bundle, open_bundle, verify_files
-from edgetune.runtime.external_data import check_external_data
+from edgetune.errors import EdgetuneError, IntegrityError
+from edgetune.runtime.bundle import GRAPH_NAME, Bundle, open_bundle, verify_files
+from edgetune.runtime.goldens import read_goldens
+from edgetune.runtime.graph import check_graph
 from edgetune.runtime.manifest import TensorSpec
-from edgetune.runtime.ort import check_version, open_session, run_session
+from edgetune.runtime.ort import RunLimit, check_version, open_session, run_session
 from edgetune.runtime.tasks import open_task
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 # how many batches' worth of encoded samples may wait for others that they can share one with
 WAITING_BATCHES = 2
@@ -21,7 +25,7 @@ class EdgeModel:
     """A bundle, ready to predict.
 
     One object may be used from several threads: a session is thread-safe and nothing here
-    changes after loading.
+    changes after loading. As a context manager it is closed at the end.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
@@ -30,13 +34,12 @@ class EdgeModel:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.task = open_task(bundle)
-        check_external_data(bundle, GRAPH_NAME)
-        self._session = open_session(
-            bundle.path(GRAPH_NAME), bundle.manifest.session, threads=threads
-        )
+        check_graph(bundle, GRAPH_NAME)
+        self._session = open_session(bundle, GRAPH_NAME, threads=threads)
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
         self._check_names("inputs", self.manifest.inputs, self._session.get_inputs())
         self._check_names("outputs", self.manifest.outputs, self._session.get_outputs())
+        self._executor: ThreadPoolExecutor | None = None
 
     @classmethod
     def load(
@@ -46,10 +49,11 @@ class EdgeModel:
         threads: int | None = None,
         check: Literal["quick", "full"] = "quick",
     ) -> Self:
-        """Load the bundle in folder `path`.
+        """Load the bundle in folder or zip `path`.
 
         Args:
-            path: the bundle's folder.
+            path: the bundle's folder, or the one file that `edgetune-rt pack` makes of it; that
+                is read where it lies, nothing is unpacked.
             threads: overrides the number of threads that the manifest names.
             check: "quick" compares every size and the hash of all but the weights; "full"
                 hashes those too.
@@ -57,45 +61,127 @@ class EdgeModel:
         Raises:
             IntegrityError: the bundle is not what its manifest says.
             ConfigError: this onnxruntime cannot run it, or an extra is not installed.
+            ResourceError: a file cannot be read.
         """
         bundle = open_bundle(path)
         if check == "full":
             verify_files(bundle)
         return cls(bundle, threads=threads)
 
+    def __enter__(self) -> Self:
+        """Return the model."""
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Give back the session's memory and threads; nothing can be predicted any more."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
+        self._session = None
+        self.bundle.files.close()
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the graph's logits."""
         return self.manifest.labels
 
-    def predict(self, value: Any, *, all_scores: bool = False) -> Any:
+    def predict(self, value: Any, *, all_scores: bool = False, timeout: float | None = None) -> Any:
         """Return the result for one sample, or a list of results for a list of samples.
 
         Args:
             value: what the task takes. Text: a string. Image: a path, the bytes of an image
-                file, a PIL image, or a uint8 array of shape (height, width, 3).
+                file, an open binary file, a PIL image, or a uint8 array of shape (height,
+                width, 3), which is not copied where it is contiguous.
             all_scores: give the probability of every label too.
+            timeout: longest time in seconds, for all samples together. The session is stopped
+                between two of the graph's nodes.
+
+        Raises:
+            DataError: a sample is not what the task takes.
+            PredictionTimeout: `timeout` seconds were not enough.
+        """
+        if timeout is not None:
+            with RunLimit(timeout) as limit:
+                return self._predict(value, all_scores, limit)
+        return self._predict(value, all_scores, None)
+
+    def predict_stream(
+        self,
+        samples: Iterable[Any],
+        *,
+        all_scores: bool = False,
+        queue_size: int = 2,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Any]:
+        """Yield the result for each sample, in order, while the next ones are being decoded.
+
+        A thread takes samples and decodes them ahead of the session, `queue_size` at most, so
+        that a source is not read faster than it is answered. It ends with the generator.
+
+        Args:
+            samples: any iterable: frames of a camera, lines of a file.
+            all_scores: give the probability of every label too.
+            queue_size: how many decoded samples may wait.
+            errors: "raise" ends the stream with the first sample that can't be answered;
+                "return" yields its `EdgetuneError` in its place and goes on.
 
         Raises:
             DataError: a sample is not what the task takes.
         """
-        if self.task.is_many(value):
-            return self._predict_many(list(value), all_scores)
-        outputs = self._run_batch([self.task.encode(value)])
-        return self.task.results(outputs, all_scores=all_scores)[0]
+        from edgetune.runtime.stream import ahead  # most programs stream nothing
 
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        with ahead(self.task.encode, samples, queue_size) as encoded:
+            for item in encoded:
+                try:
+                    if isinstance(item, EdgetuneError):
+                        raise item
+                    result = self._answer([item], all_scores, None)[0]
+                except EdgetuneError as error:
+                    if errors == "raise":
+                        raise
+                    result = error
+                yield result
+
+    async def apredict(
+        self, value: Any, *, all_scores: bool = False, timeout: float | None = None
+    ) -> Any:
+        """Return what `predict` does, without blocking the event loop.
+
+        Calls are answered one after the other, in a thread of the model's own. A call that is
+        cancelled stops its session run, or is taken out of the queue.
+        """
+        import asyncio  # most programs need neither
+        from concurrent.futures import ThreadPoolExecutor
+
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="edgetune")
+        limit = RunLimit(timeout)
+
+        def call() -> Any:
+            with limit:
+                return self._predict(value, all_scores, limit)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        except asyncio.CancelledError:
+            limit.stop()
+            raise
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run the graph on its own arrays (with batch axis) and return its outputs by name."""
-        values = run_session(self._session, self._outputs, inputs)
-        return dict(zip(self._outputs, values, strict=True))
+        return self._run(inputs, None)
 
     def outputs(self, sample: Any) -> dict[str, Any]:
         """Return the graph's raw outputs for one raw sample, batch axis of 1 kept."""
-        return self._run_batch([self.task.encode(sample)])
+        return self.run(self.task.stack([self.task.encode(sample)]))
 
     def goldens(self) -> list[Any]:
         """Return the raw samples of the bundle's self-test."""
-        return _read_goldens(self.bundle)[0]
+        return read_goldens(self.bundle)[0]
 
     def self_test(self) -> float:
         """Replay the goldens and return the largest difference of a logit.
@@ -103,7 +189,7 @@ class EdgeModel:
         Raises:
             IntegrityError: a logit is further from the stored one than the manifest allows.
         """
-        samples, expected = _read_goldens(self.bundle)
+        samples, expected = read_goldens(self.bundle)
         tolerance = self.manifest.goldens.tolerance
         worst = 0.0
         for number, (sample, stored) in enumerate(zip(samples, expected, strict=True)):
@@ -117,11 +203,31 @@ class EdgeModel:
             worst = max(worst, difference)
         return worst
 
-    def _predict_many(self, samples: Sequence[Any], all_scores: bool) -> list[Any]:
+    def _predict(self, value: Any, all_scores: bool, limit: RunLimit | None) -> Any:
+        if self.task.is_many(value):
+            return self._predict_many(list(value), all_scores, limit)
+        return self._answer([self.task.encode(value)], all_scores, limit)[0]
+
+    def _answer(
+        self, encoded: Sequence[dict[str, Any]], all_scores: bool, limit: RunLimit | None
+    ) -> list[Any]:
+        """Return the results of encoded samples that share a batch."""
+        outputs = self._run(self.task.stack(encoded), limit)
+        return self.task.results(outputs, all_scores=all_scores)
+
+    def _run(self, inputs: Mapping[str, Any], limit: RunLimit | None) -> dict[str, Any]:
+        session = self._session
+        if session is None:
+            raise EdgetuneError(f"{self.bundle.where}: this model was closed")
+        values = run_session(session, self._outputs, inputs, limit)
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _predict_many(
+        self, samples: Sequence[Any], all_scores: bool, limit: RunLimit | None
+    ) -> list[Any]:
         results: list[Any] = [None] * len(samples)
         for batch in self._batches(samples):
-            outputs = self._run_batch([arrays for _, arrays in batch])
-            answers = self.task.results(outputs, all_scores=all_scores)
+            answers = self._answer([arrays for _, arrays in batch], all_scores, limit)
             for (index, _), answer in zip(batch, answers, strict=True):
                 results[index] = answer
         return results
@@ -153,29 +259,6 @@ class EdgeModel:
         stated, there = {spec.name for spec in specs}, {node.name for node in found}
         if stated != there:
             raise IntegrityError(
-                f"{self.bundle.folder}: the manifest names the graph's {what}"
+                f"{self.bundle.where}: the manifest names the graph's {what}"
                 f" {', '.join(sorted(stated))}; the graph has {', '.join(sorted(there))}"
             )
-
-    def _run_batch(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self.run(self.task.stack(encoded))
-
-
-def _read_goldens(bundle: Bundle) -> tuple[list[Any], Any]:
-    """Return raw samples and the logits expected of them, shape (samples, labels)."""
-    path = bundle.path(GOLDENS_NAME)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            logits = stored["logits"]
-            samples = [stored[f"input_{i}"] for i in range(bundle.manifest.goldens.count)]
-    except Exception as error:  # zipfile and zlib have errors of their own, numpy passes them on
-        reason = str(error).split(". ")[0]  # numpy goes on to say how to load a pickle
-        raise IntegrityError(f"{path}: cannot be read: {reason}") from error
-    expected = (len(samples), len(bundle.manifest.labels))
-    if logits.shape != expected or logits.dtype != np.float32:
-        raise IntegrityError(
-            f"{path}: expected logits of shape {expected}, float32; got {logits.shape},"
-            f" {logits.dtype}"
-        )
-    # a text travels as a 0-d array of str
-    return [s.item() if s.ndim == 0 else s for s in samples], logits

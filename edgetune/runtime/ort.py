@@ -2,21 +2,31 @@
 
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
-from edgetune.errors import ConfigError, EdgetuneError, IntegrityError
-from edgetune.runtime.manifest import Compatibility, SessionSettings
+from edgetune.errors import ConfigError, EdgetuneError, IntegrityError, PredictionTimeout
+from edgetune.runtime.bundle import Bundle, Folder
+from edgetune.runtime.graph import Place, relocated
+from edgetune.runtime.manifest import Compatibility
+
+if TYPE_CHECKING:
+    from edgetune.runtime.archive import Archive
 
 # onnxruntime's own telemetry opens a network connection and writes to the user's cache
 # folder within seconds of its import; a device that people ship to must do neither. The
 # variable is read at import; disable_telemetry_events() afterwards does not stop it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import onnxruntime
+import onnxruntime as onnxruntime  # others get it from here
 
 MAX_THREADS = 1024
+# tried: 1.17 and 1.18 map no external data for a graph given as bytes; 1.19 to 1.21 do, from an
+# absolute path, which 1.24 refuses; from 1.22 on this option names the folder
+MAPS_FROM_MEMORY = (1, 19, 0)
+HAS_FOLDER_OPTION = (1, 22, 0)
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 _LEVELS = {
     "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -25,19 +35,20 @@ _LEVELS = {
 }
 
 
-def open_session(model: Path, settings: SessionSettings, *, threads: int | None = None) -> Any:
-    """Return an `onnxruntime.InferenceSession` of `model`, set up as the manifest says.
+def open_session(bundle: Bundle, name: str, *, threads: int | None = None) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a bundle's graph, set up as its manifest says.
 
     Args:
-        model: the .onnx file; its external data lies beside it and is memory-mapped.
-        settings: from the manifest.
+        bundle: an opened one; external data is memory-mapped from where it lies, in a zip too.
+        name: the graph's file.
         threads: overrides the manifest's thread count.
 
     Raises:
-        ConfigError: none of the execution providers is in this onnxruntime, or the number of
-            threads is out of bounds.
+        ConfigError: none of the execution providers is in this onnxruntime, the number of
+            threads is out of bounds, or the onnxruntime is too old to read from a zip.
         IntegrityError: onnxruntime refuses the graph or a setting.
     """
+    settings = bundle.manifest.session
     count = settings.intra_op_threads if threads is None else threads
     if not 1 <= count <= MAX_THREADS:
         raise ConfigError(f"threads: expected 1 to {MAX_THREADS}, got {count}")
@@ -53,29 +64,118 @@ def open_session(model: Path, settings: SessionSettings, *, threads: int | None 
     options.inter_op_num_threads = 1
     options.graph_optimization_level = _LEVELS[settings.graph_optimization]
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "1" if settings.allow_spinning else "0"
-    )
+    options.enable_cpu_mem_arena = settings.arena
     try:
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "1" if settings.allow_spinning else "0"
+        )
         for key, value in settings.config.items():
             options.add_session_config_entry(key, value)
-        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+        if isinstance(bundle.files, Folder):
+            graph: str | bytes = str(bundle.path(name))
+        else:
+            graph = _graph_in_archive(bundle, bundle.files, name, options)
+        session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    except EdgetuneError:
+        raise
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        raise IntegrityError(f"{model}: {_said(error)}") from error
+        raise IntegrityError(f"{bundle.where / name}: {_said(error)}") from error
+    if not isinstance(bundle.files, Folder):
+        bundle.files.check_unchanged()
+    return session
 
 
-def run_session(session: Any, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+def _graph_in_archive(bundle: Bundle, archive: "Archive", name: str, options: Any) -> bytes:
+    """Return a graph whose external data is looked for in the archive that it lies in."""
+    found = _numbers(onnxruntime.__version__)
+    if found < MAPS_FROM_MEMORY:
+        raise ConfigError(
+            f"{bundle.where}: onnxruntime {onnxruntime.__version__} reads no bundle from a zip;"
+            f" unpack it (edgetune-rt unpack {bundle.where} FOLDER), or install 1.19 or newer"
+        )
+    path = bundle.where.resolve()
+    if found >= HAS_FOLDER_OPTION:
+        options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+        location = path.name
+    else:
+        location = str(path)  # as these versions allow
+
+    def move(place: Place) -> Place:
+        member = archive.members[place.location]  # check_graph has seen that it is there
+        length = member.size - place.offset if place.length is None else place.length
+        return Place(location=location, offset=member.offset + place.offset, length=length)
+
+    return relocated(bundle.read(name), move)
+
+
+def run_session(
+    session: Any,
+    outputs: Sequence[str],
+    inputs: Mapping[str, Any],
+    limit: "RunLimit | None" = None,
+) -> list[Any]:
     """Run the graph on its own arrays and return the outputs of those names.
 
     Raises:
         EdgetuneError: onnxruntime cannot: the arrays do not fit the graph, or memory ran out.
+        PredictionTimeout: the limit was reached.
     """
     try:
-        values: list[Any] = session.run(outputs, inputs)
+        if limit is None:
+            return cast("list[Any]", session.run(outputs, inputs))
+        limit.check()
+        return cast("list[Any]", session.run(outputs, inputs, limit.options))
+    except PredictionTimeout:
+        raise
     except Exception as error:
+        if limit is not None:
+            limit.check()
         shapes = ", ".join(f"{k} {getattr(v, 'shape', '')}" for k, v in inputs.items())
         raise EdgetuneError(f"the graph cannot be run on {shapes}: {_said(error)}") from error
-    return values
+
+
+class RunLimit:
+    """Stops session runs after some seconds, or when told to; a context manager.
+
+    onnxruntime looks between two nodes of a graph whether it is to stop.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        """Allow `seconds` from the entry of the context on; None is no limit.
+
+        Raises:
+            ConfigError: `seconds` is not above 0.
+        """
+        if seconds is not None and not seconds > 0:
+            raise ConfigError(f"timeout: expected more than 0 seconds, got {seconds:g}")
+        self.seconds = seconds
+        self.options = onnxruntime.RunOptions()
+        self._stopped = False
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        """Start the clock."""
+        if self.seconds is not None and self.seconds < threading.TIMEOUT_MAX:
+            self._timer = threading.Timer(self.seconds, self.stop)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Stop the clock."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def stop(self) -> None:
+        """Stop the run that is going on, and let none begin."""
+        self._stopped = True
+        self.options.terminate = True
+
+    def check(self) -> None:
+        """Raise `PredictionTimeout` if it was stopped."""
+        if self._stopped:
+            allowed = "" if self.seconds is None else f" within {self.seconds:g} s"
+            raise PredictionTimeout(f"no answer{allowed}: the run was stopped")
 
 
 def check_version(needs: Compatibility) -> None:

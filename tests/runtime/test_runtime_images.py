@@ -108,9 +108,9 @@ def test_a_list_longer_than_a_batch_keeps_its_order(model):
 def test_a_long_list_of_unlike_sizes_is_not_held_in_memory_at_once(model, monkeypatch):
     # two batches of 4 may wait: the 9th image is encoded after an answer, not before
     events = []
-    encode, run = model.task.encode, model.run
+    encode, run = model.task.encode, model._run
     monkeypatch.setattr(model.task, "encode", lambda s: (events.append("encode"), encode(s))[1])
-    monkeypatch.setattr(model, "run", lambda inputs: (events.append("run"), run(inputs))[1])
+    monkeypatch.setattr(model, "_run", lambda i, limit: (events.append("run"), run(i, limit))[1])
     results = model.predict([np.zeros((1, 1 + i, 3), np.uint8) for i in range(20)])
     assert len(results) == 20
     assert events[:9] == ["encode"] * 8 + ["run"]
@@ -206,7 +206,10 @@ def test_black_and_white_modes_become_rgb(mode, color):
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (None, "expected a path, bytes, a PIL image or a uint8 array, got builtins.NoneType"),
+        (
+            None,
+            "expected a path, bytes, an open binary file, a PIL image or a uint8 array, got builtins.NoneType",
+        ),
         (7, "got builtins.int"),
         ({"image": 1}, "got builtins.dict"),
         (np.zeros((2, 2, 3)), "expected a uint8 array with values 0..255, got float64"),
@@ -283,7 +286,7 @@ def test_an_array_given_is_not_changed(model):
 
 
 def test_a_graph_that_answers_infinity_is_no_silent_label(model, monkeypatch):
-    monkeypatch.setattr(model, "run", lambda _: {"logits": np.float32([[1, np.nan, 0]])})
+    monkeypatch.setattr(model, "_run", lambda *_: {"logits": np.float32([[1, np.nan, 0]])})
     with pytest.raises(IntegrityError, match="infinite or no number"):
         model.predict(solid(RED))
 
@@ -292,7 +295,7 @@ def test_a_batch_holds_no_more_samples_than_the_manifest_allows(color_bundle, se
     seal(color_bundle, session=SessionSettings(max_batch=1))
     model = EdgeModel.load(color_bundle)
     batches = []
-    run = model.run
-    model.run = lambda inputs: (batches.append(inputs["image"].shape[0]), run(inputs))[1]
+    run = model._run
+    model._run = lambda inputs, _: (batches.append(inputs["image"].shape[0]), run(inputs, _))[1]
     model.predict([solid(RED)] * 3)
     assert batches == [1, 1, 1]

@@ -10,10 +10,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from edgetune.errors import ConfigError, IntegrityError
+from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.manifest import (
+    DEVICE_NAME,
     FILE_NAME,
     MAX_DEPTH,
+    SESSION_KEYS,
     Compatibility,
+    DeviceClass,
     Evaluation,
     FileEntry,
     Goldens,
@@ -23,7 +27,6 @@ from edgetune.runtime.manifest import (
     TensorSpec,
     dump_manifest,
     parse_manifest,
-    read_manifest,
 )
 from edgetune.runtime.records import from_mapping, nearest, to_mapping
 
@@ -71,13 +74,21 @@ MANIFESTS = st.builds(
         opset=st.integers(),
         ir_version=st.integers(),
     ),
+    device=st.builds(
+        DeviceClass,
+        arch=TEXT,
+        cpu_features=tuples(TEXT),
+        int8=st.sampled_from(["exact", "saturates"]),
+        peak_rss_mib=st.none() | NUMBER,
+    ),
     session=st.builds(
         SessionSettings,
         execution_providers=tuples(TEXT),
         intra_op_threads=COUNT,
         allow_spinning=st.booleans(),
         graph_optimization=st.sampled_from(["off", "basic", "extended", "all"]),
-        config=st.dictionaries(TEXT, TEXT, max_size=2),
+        arena=st.booleans(),
+        config=st.dictionaries(st.sampled_from(sorted(SESSION_KEYS)), TEXT, max_size=2),
         max_batch=COUNT,
     ),
     evaluation=EVALUATION,
@@ -88,7 +99,9 @@ MANIFESTS = st.builds(
         tolerance=st.floats(0, allow_nan=False, allow_infinity=False),
     ),
     files=st.dictionaries(
-        st.from_regex(FILE_NAME, fullmatch=True).filter(lambda n: n != "manifest.json"),
+        st.from_regex(FILE_NAME, fullmatch=True)
+        .map(str.lower)
+        .filter(lambda n: n != "manifest.json" and not DEVICE_NAME.fullmatch(n)),
         st.builds(
             FileEntry,
             size=st.integers(0, 2**63),
@@ -188,7 +201,7 @@ def test_the_digest_is_the_sha256_of_the_rest_in_canonical_json(built):
 def test_order_of_keys_and_white_space_do_not_count(built):
     mapping = json.loads((built / "colors" / "manifest.json").read_bytes())
     shuffled = json.dumps(dict(reversed(mapping.items()))).encode()
-    assert parse_manifest(shuffled, where="m") == read_manifest(built / "colors")
+    assert parse_manifest(shuffled, where="m") == open_bundle(built / "colors").manifest
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH, 200, 900, 960, 980, 990, 995, 2000, 10**6])
@@ -218,7 +231,7 @@ def test_a_message_does_not_repeat_megabytes():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_json_lacks_is_not_written(built, value):
-    manifest = read_manifest(built / "colors")
+    manifest = open_bundle(built / "colors").manifest
     with pytest.raises(ValueError, match="JSON compliant"):
         dump_manifest(dataclasses.replace(manifest, options={"a": value}))
 

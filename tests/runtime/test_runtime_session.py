@@ -78,11 +78,12 @@ def test_the_number_of_threads_can_be_overridden(word_bundle, threads):
 
 
 def test_without_override_the_manifest_names_the_threads(word_bundle, seal):
-    seal(word_bundle, session=SessionSettings(intra_op_threads=3, config={"session.x": "1"}))
+    config = {"session.set_denormal_as_zero": "1"}
+    seal(word_bundle, session=SessionSettings(intra_op_threads=3, config=config))
     options = EdgeModel.load(word_bundle)._session.get_session_options()
     assert options.intra_op_num_threads == 3
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert options.get_session_config_entry("session.x") == "1"
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10**6])

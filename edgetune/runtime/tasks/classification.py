@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import IntegrityError
+from edgetune.runtime.records import to_mapping
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -18,6 +20,10 @@ class Classification:
     label: str
     score: float
     scores: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: label, score and, if they were asked for, scores."""
+        return to_mapping(self)
 
 
 def softmax(logits: FloatArray) -> FloatArray:

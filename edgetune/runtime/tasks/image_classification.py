@@ -42,6 +42,8 @@ class ImageClassification:
 
     def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return pixels of shape (batch, height, width, 3)."""
+        if len(encoded) == 1:
+            return {"image": encoded[0]["image"][None]}  # a frame of a camera is not copied
         return {"image": np.stack([e["image"] for e in encoded])}
 
     def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
@@ -56,8 +58,8 @@ def decode_image(source: Any) -> Pixels:
     dropped; 16-bit grey is scaled to 8 bits.
 
     Args:
-        source: path, bytes of an image file, PIL image, or uint8 array of shape (height,
-            width), (height, width, 1), (height, width, 3) RGB or (height, width, 4) RGBA.
+        source: path, bytes of an image file, open binary file, PIL image, or uint8 array of shape
+            (height, width), (height, width, 1), (height, width, 3) RGB or (height, width, 4) RGBA.
 
     Raises:
         DataError: it is none of these, is absent or can't be decoded.
@@ -74,9 +76,11 @@ def decode_image(source: Any) -> Pixels:
         name, opened = f"{len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, str | Path):
         name, opened = str(source), Path(source)
+    elif hasattr(source, "read") and not isinstance(source, Image.Image):
+        name = str(getattr(source, "name", name))
     elif not isinstance(source, Image.Image):
         raise DataError(
-            "expected a path, bytes, a PIL image or a uint8 array, got"
+            "expected a path, bytes, an open binary file, a PIL image or a uint8 array, got"
             f" {type(source).__module__}.{type(source).__name__}"
         )
     try:

@@ -33,9 +33,10 @@ class TextClassification:
         )
         if not 1 <= self.options.max_length <= MAX_TOKENS or not 0 <= self.options.pad_id < 2**31:
             raise IntegrityError(f"manifest: options: out of bounds: {self.options}")
-        path = bundle.path(TOKENIZER_NAME)
         self._tokenizer = open_tokenizer(
-            path.read_bytes(), self.options.max_length, where=str(path)
+            bundle.read(TOKENIZER_NAME),
+            self.options.max_length,
+            where=str(bundle.where / TOKENIZER_NAME),
         )
 
     def is_many(self, value: Any) -> bool:

@@ -7,7 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, external_data_helper, helper
 
-from edgetune.runtime.external_data import external_locations
+from edgetune.runtime.graph import Place, external_places, operator_domains, relocated
+
+
+def external_locations(data):
+    return {place.location for place in external_places(data)}
 
 
 def external(location):
@@ -152,7 +156,7 @@ def test_a_key_without_value_names_the_empty_path():
     ],
 )  # fmt: skip
 def test_bytes_that_are_no_message_are_a_value_error(data):
-    with pytest.raises(ValueError, match=r"tag|wire type|cut off|does not end"):
+    with pytest.raises(ValueError, match=r"tag|wire type|cut off|does not end|in part"):
         external_locations(data)
 
 
@@ -187,3 +191,65 @@ def test_a_cut_graph_is_a_value_error_or_names_no_more_than_the_whole():
 def test_weights_of_many_megabytes_inside_the_graph_are_skipped():
     heavy = onnx.numpy_helper.from_array(np.zeros(2**22, np.float32), "heavy")
     assert external_locations(model(graph([], [heavy, external("x")]))) == {"x"}
+
+
+# -- domains and moving ----------------------------------------------------------------------------
+
+
+def test_the_domains_are_those_that_the_model_imports():
+    proto = onnx.ModelProto.FromString(model(graph()))
+    proto.opset_import.add(domain="com.example", version=3)
+    proto.opset_import.add(domain="ai.onnx", version=18)
+    assert operator_domains(proto.SerializeToString()) == {"", "com.example", "ai.onnx"}
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=4), st.integers(0, 2**40))
+@settings(max_examples=40, deadline=None)
+def test_moving_changes_the_places_and_nothing_else(locations, offset):
+    tensors = [external(location) for location in locations]
+    inside = helper.make_tensor("location", TensorProto.FLOAT, [1], [1.0])
+    branch = helper.make_node("If", ["x"], ["y"], then_branch=graph([constant("b")], [inside]))
+    data = model(graph([branch, constant("a")], [*tensors, inside]))
+
+    def move(place):
+        return Place(location=f"new-{place.location}", offset=place.offset + offset, length=4)
+
+    moved = onnx.ModelProto.FromString(relocated(data, move))
+    for tensor in external_data_helper._get_all_tensors(moved):
+        if external_data_helper.uses_external_data(tensor):
+            info = external_data_helper.ExternalDataInfo(tensor)
+            assert (info.offset, info.length) == (offset, 4)
+            new = info.location
+            del tensor.external_data[:]
+            tensor.external_data.extend(external(new.removeprefix("new-")).external_data)
+    assert moved == onnx.ModelProto.FromString(data)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"offset": "0"}, "in part"),
+        ({"location": "w", "offset": "-1"}, "no number of bytes"),
+        ({"location": "w", "length": "1e3"}, "no number of bytes"),
+        ({"location": "w", "offset": "9" * 21}, "no number of bytes"),
+        ({"location": "w", "offset": ""}, "no number of bytes"),
+    ],
+)
+def test_a_place_that_is_none_is_a_value_error(entries, message):
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1])
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    # a tensor beside it, whose name is "location", makes the reader look at all of them
+    data = model(graph([], [tensor, helper.make_tensor("location", 1, [1], [0.0])]))
+    if "location" in entries:
+        with pytest.raises(ValueError, match=message):
+            external_places(data)
+    else:
+        assert external_places(data) == set()  # onnxruntime refuses it: no file is named
+
+
+def test_a_place_that_is_named_twice_is_a_value_error():
+    tensor = external("weights.bin")
+    tensor.external_data.add(key="location", value="../secret")
+    with pytest.raises(ValueError, match="named twice"):
+        external_places(model(graph([], [tensor])))

@@ -33,7 +33,7 @@ from edgetune.runtime.manifest import (
     parse_manifest,
 )
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 # id = place. The padding row would drown every answer if the mask did not silence it.
 VOCABULARY = {
     "[PAD]": (100.0, -100.0),
@@ -170,7 +170,9 @@ def make_word_bundle(folder):
         single="[CLS] $A", special_tokens=[("[CLS]", ids["[CLS]"])]
     )
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    write_goldens(folder, ["good", "bad bad good"], [[0, 1], [2, 1]])
+    cls, good, bad = ids["[CLS]"], ids["good"], ids["bad"]
+    tokens = [[cls, good], [cls, bad, bad, good]]
+    write_goldens(folder, ["good", "bad bad good"], [[0, 1], [2, 1]], tokens)
     ids_spec = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"))
     write_manifest(
         folder,
@@ -222,10 +224,11 @@ def save(folder, graph):
     onnx.checker.check_model(folder / "model.onnx")
 
 
-def write_goldens(folder, samples, logits):
+def write_goldens(folder, samples, logits, ids=()):
     stored = io.BytesIO()
-    inputs = {f"input_{i}": np.array(sample) for i, sample in enumerate(samples)}
-    np.savez_compressed(stored, logits=np.array(logits, np.float32), **inputs)
+    arrays = {f"input_{i}": np.array(sample) for i, sample in enumerate(samples)}
+    arrays |= {f"ids_{i}": np.array(tokens, np.int64) for i, tokens in enumerate(ids)}
+    np.savez(stored, logits=np.array(logits, np.float32), **arrays)
     (folder / "goldens.npz").write_bytes(stored.getvalue())
 
 
