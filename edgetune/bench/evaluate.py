@@ -88,7 +88,7 @@ def evaluate(
         ConfigError: `path` is neither run nor bundle, or `data` is missing.
         DataError: the data has labels that the model has not.
     """
-    if (path / MANIFEST_NAME).is_file():
+    if (path / MANIFEST_NAME).is_file() or path.is_file():  # a folder, or one zip
         model = EdgeModel.load(path, check="full")
         if not data:
             raise ConfigError(f"{path}: a bundle holds no data; name some with --data")

@@ -97,7 +97,7 @@ def bench(
     """Measure the bundle at `path` in fresh processes on this machine.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder, or its zip.
         runs: timed calls, at least 10.
         warmup: untimed calls before them.
         seconds: longest time for the timed calls.
@@ -124,11 +124,11 @@ def bench(
     options = [f"--runs={runs}", f"--warmup={warmup}", f"--seconds={seconds}"]
     options += [f"--threads={threads}"] if threads is not None else []
     options += [f"--sample={text}"] if text is not None else []
-    measurement = _measure(bundle.folder, options)
+    measurement = _measure(bundle.where, options)
 
     if cold_starts:
         say(f"starting {cold_starts} fresh processes, each to its first answer")
-    starts = [_first_answer(bundle.folder, threads, text) for _ in range(cold_starts)]
+    starts = [_first_answer(bundle.where, threads, text) for _ in range(cold_starts)]
     return BenchReport(
         bundle=manifest.name,
         task=manifest.task,
@@ -155,17 +155,17 @@ def read_sample(sample: str | None, bundle: Bundle) -> str | None:
         return sample
 
 
-def _measure(folder: Path, options: list[str]) -> Measurement:
+def _measure(path: Path, options: list[str]) -> Measurement:
     module = "edgetune.runtime.measure"
-    output = _run_child(["-m", module, *options, "--", str(folder)])
+    output = _run_child(["-m", module, *options, "--", str(path)])
     return from_mapping(Measurement, json.loads(output), where=module)
 
 
 def _first_answer(
-    folder: Path, threads: int | None, sample: str | None
+    path: Path, threads: int | None, sample: str | None
 ) -> tuple[float, float | None]:
     """Return (milliseconds from start to first answer, peak RSS in MiB) of one process."""
-    arguments = [str(folder), str(threads or 0), *([sample] if sample is not None else [])]
+    arguments = [str(path), str(threads or 0), *([sample] if sample is not None else [])]
     begin = time.monotonic()  # one clock for all processes of a machine
     answered, _, peak = _run_child(["-c", FIRST_ANSWER, *arguments]).strip().partition(" ")
     return (float(answered) - begin) * 1e3, float(peak) if peak else None

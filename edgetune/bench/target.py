@@ -32,7 +32,7 @@ from edgetune.bench.latency import (
 )
 from edgetune.bench.remote import digest_of
 from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityError, ResourceError
-from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle, file_sha256, open_bundle
+from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle, check_hash, file_sha256, open_bundle
 from edgetune.runtime.manifest import MANIFEST_NAME, Manifest
 from edgetune.runtime.measure import Measurement
 from edgetune.runtime.records import from_mapping
@@ -322,12 +322,8 @@ def _bundle_files(bundle: Bundle) -> dict[str, Path]:
     Raises:
         IntegrityError: one differs from the manifest.
     """
-    for name, entry in bundle.manifest.files.items():
-        if file_sha256(bundle.folder / name) != entry.sha256:
-            raise IntegrityError(
-                f"{bundle.folder / name}: is not what the manifest says (its SHA-256 differs);"
-                " the bundle is damaged, copy it again"
-            )
+    for name in bundle.manifest.files:
+        check_hash(bundle, name)
     return {name: bundle.folder / name for name in [MANIFEST_NAME, *bundle.manifest.files]}
 
 

@@ -116,7 +116,7 @@ def measure(
     """Load the bundle at `path` in this process and measure it.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder, or its zip.
         runs: how many timed calls, at least 10.
         warmup: how many calls before those, untimed; they end after `seconds` too.
         seconds: longest time for the timed calls; 10 of them are done however long they take.
