@@ -31,7 +31,7 @@ from edgetune.bench.latency import (
     summarize_starts,
 )
 from edgetune.bench.remote import digest_of
-from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityError, ResourceError
+from edgetune.errors import ConfigError, DataError, EdgetuneError, ResourceError
 from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle, check_hash, file_sha256, open_bundle
 from edgetune.runtime.manifest import MANIFEST_NAME, Manifest
 from edgetune.runtime.measure import Measurement

@@ -196,6 +196,13 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return (json.dumps(mapping, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def release_numbers(version: str) -> tuple[int, int, int]:
+    """Return the release numbers of a version: "1.20.1rc2+cu12" -> (1, 20, 1)."""
+    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", version)
+    major, minor, patch = match.groups() if match else (0, 0, 0)
+    return int(major or 0), int(minor or 0), int(patch or 0)
+
+
 def _digest(mapping: dict[str, Any]) -> str:
     canonical = json.dumps(mapping, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -131,7 +131,7 @@ def measure(
         DataError: `sample` is not what the task takes.
     """
     _check_bounds(runs=runs, warmup=warmup, seconds=seconds, threads=threads)
-    load_average = _load_average()
+    load_average = load_average_now()
     throttling = read_throttling()
     imported_before = "onnxruntime" in sys.modules
     begin = time.perf_counter()
@@ -173,7 +173,7 @@ def measure(
         first_predict_ms=first_predict_ms,
         rss_before_load_mib=rss_before_load,
         peak_rss_mib=peak_rss_mib(),
-        machine=_machine(onnxruntime=version(), load_average=load_average, throttled=throttled),
+        machine=this_machine(onnxruntime=version(), load_average=load_average, throttled=throttled),
     )
 
 
@@ -323,9 +323,10 @@ def _check_bounds(*, runs: int, warmup: int, seconds: float, threads: int | None
         raise ConfigError(f"threads: expected at least 1, got {threads}")
 
 
-def _machine(
+def this_machine(
     *, onnxruntime: str, load_average: tuple[float, ...] | None, throttled: bool | None
 ) -> Machine:
+    """Return what this machine is and how it does right now; what was seen before comes in."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpus = Path("/sys/devices/system/cpu")
     khz = _readings(cpus, "cpu[0-9]*/cpufreq/scaling_cur_freq")
@@ -372,7 +373,8 @@ def _governor(cpus: Path) -> str | None:
     return ", ".join(sorted(governors)) or None
 
 
-def _load_average() -> tuple[float, ...] | None:
+def load_average_now() -> tuple[float, ...] | None:
+    """Return the load of the last 1, 5 and 15 minutes; None where the system does not tell."""
     try:
         return os.getloadavg()
     except (OSError, AttributeError):

@@ -85,6 +85,17 @@ class EdgeModel:
         self.bundle.files.close()
 
     @property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession`, for what has no way here.
+
+        Raises:
+            EdgetuneError: the model was closed.
+        """
+        if self._session is None:
+            raise EdgetuneError(f"{self.bundle.where}: this model was closed")
+        return self._session
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the graph's logits."""
         return self.manifest.labels
@@ -216,10 +227,7 @@ class EdgeModel:
         return self.task.results(outputs, all_scores=all_scores)
 
     def _run(self, inputs: Mapping[str, Any], limit: RunLimit | None) -> dict[str, Any]:
-        session = self._session
-        if session is None:
-            raise EdgetuneError(f"{self.bundle.where}: this model was closed")
-        values = run_session(session, self._outputs, inputs, limit)
+        values = run_session(self.session, self._outputs, inputs, limit)
         return dict(zip(self._outputs, values, strict=True))
 
     def _predict_many(

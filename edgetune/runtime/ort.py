@@ -1,15 +1,21 @@
 """The one place that imports onnxruntime, with its telemetry switched off first."""
 
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from edgetune.errors import ConfigError, EdgetuneError, IntegrityError, PredictionTimeout
+from edgetune.errors import (
+    ConfigError,
+    EdgetuneError,
+    IntegrityError,
+    PredictionTimeout,
+    ResourceError,
+)
 from edgetune.runtime.bundle import Bundle, Folder
 from edgetune.runtime.graph import Place, relocated
-from edgetune.runtime.manifest import Compatibility
+from edgetune.runtime.manifest import Compatibility, release_numbers
 
 if TYPE_CHECKING:
     from edgetune.runtime.archive import Archive
@@ -35,18 +41,22 @@ _LEVELS = {
 }
 
 
-def open_session(bundle: Bundle, name: str, *, threads: int | None = None) -> Any:
+def open_session(
+    bundle: Bundle, name: str, *, threads: int | None = None, profile: Path | None = None
+) -> Any:
     """Return an `onnxruntime.InferenceSession` of a bundle's graph, set up as its manifest says.
 
     Args:
         bundle: an opened one; external data is memory-mapped from where it lies, in a zip too.
         name: the graph's file.
         threads: overrides the manifest's thread count.
+        profile: how the names of the profiles begin that its runs are to write.
 
     Raises:
         ConfigError: none of the execution providers is in this onnxruntime, the number of
             threads is out of bounds, or the onnxruntime is too old to read from a zip.
         IntegrityError: onnxruntime refuses the graph or a setting.
+        ResourceError: memory ran out.
     """
     settings = bundle.manifest.session
     count = settings.intra_op_threads if threads is None else threads
@@ -65,6 +75,9 @@ def open_session(bundle: Bundle, name: str, *, threads: int | None = None) -> An
     options.graph_optimization_level = _LEVELS[settings.graph_optimization]
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = settings.arena
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "1" if settings.allow_spinning else "0"
@@ -79,7 +92,8 @@ def open_session(bundle: Bundle, name: str, *, threads: int | None = None) -> An
     except EdgetuneError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        raise IntegrityError(f"{bundle.where / name}: {_said(error)}") from error
+        kind = ResourceError if _lacks_memory(error) else IntegrityError
+        raise kind(f"{bundle.where / name}: {_said(error)}") from error
     if not isinstance(bundle.files, Folder):
         bundle.files.check_unchanged()
     return session
@@ -87,7 +101,7 @@ def open_session(bundle: Bundle, name: str, *, threads: int | None = None) -> An
 
 def _graph_in_archive(bundle: Bundle, archive: "Archive", name: str, options: Any) -> bytes:
     """Return a graph whose external data is looked for in the archive that it lies in."""
-    found = _numbers(onnxruntime.__version__)
+    found = release_numbers(onnxruntime.__version__)
     if found < MAPS_FROM_MEMORY:
         raise ConfigError(
             f"{bundle.where}: onnxruntime {onnxruntime.__version__} reads no bundle from a zip;"
@@ -117,8 +131,9 @@ def run_session(
     """Run the graph on its own arrays and return the outputs of those names.
 
     Raises:
-        EdgetuneError: onnxruntime cannot: the arrays do not fit the graph, or memory ran out.
+        EdgetuneError: onnxruntime cannot: the arrays do not fit the graph.
         PredictionTimeout: the limit was reached.
+        ResourceError: memory ran out.
     """
     try:
         if limit is None:
@@ -131,7 +146,8 @@ def run_session(
         if limit is not None:
             limit.check()
         shapes = ", ".join(f"{k} {getattr(v, 'shape', '')}" for k, v in inputs.items())
-        raise EdgetuneError(f"the graph cannot be run on {shapes}: {_said(error)}") from error
+        kind = ResourceError if _lacks_memory(error) else EdgetuneError
+        raise kind(f"the graph cannot be run on {shapes}: {_said(error)}") from error
 
 
 class RunLimit:
@@ -185,12 +201,12 @@ def check_version(needs: Compatibility) -> None:
         ConfigError: this onnxruntime is older than the bundle needs, or known broken.
     """
     found = onnxruntime.__version__
-    if _numbers(found) < _numbers(needs.onnxruntime_min):
+    if release_numbers(found) < release_numbers(needs.onnxruntime_min):
         raise ConfigError(
             f"the bundle needs onnxruntime {needs.onnxruntime_min} or newer, found {found};"
             f" pip install 'onnxruntime>={needs.onnxruntime_min}'"
         )
-    if _numbers(found) in map(_numbers, needs.onnxruntime_excluded):
+    if release_numbers(found) in map(release_numbers, needs.onnxruntime_excluded):
         raise ConfigError(
             f"onnxruntime {found} is known not to work on this bundle's device"
             f" ({', '.join(needs.onnxruntime_excluded)} excluded); install another version"
@@ -202,10 +218,9 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Return the release numbers of a version: "1.20.1rc2+cu12" -> (1, 20, 1)."""
-    numbers = [int(n) for n in re.findall(r"\d+", re.split(r"[^0-9.]", text)[0])[:3]]
-    return tuple(numbers + [0] * (3 - len(numbers)))
+def _lacks_memory(error: Exception) -> bool:
+    words = ("bad_alloc", "bad allocation", "Failed to allocate memory", "annot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _said(error: Exception) -> str:

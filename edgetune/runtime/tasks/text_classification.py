@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.errors import DataError, IntegrityError, MissingExtraError
+from edgetune.errors import ConfigError, DataError, IntegrityError, MissingExtraError
 from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle
 from edgetune.runtime.records import from_mapping
 from edgetune.runtime.tasks.classification import Classification, classify
@@ -89,12 +89,15 @@ def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
 
     Raises:
         MissingExtraError: the package tokenizers is not installed.
+        ConfigError: it is, and cannot be imported.
         IntegrityError: the bytes are no tokenizer.
     """
     try:
         from tokenizers import Tokenizer
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtraError("tokenizers", "text") from error
+    except ImportError as error:
+        raise ConfigError(f"tokenizers is there but cannot be imported: {error}") from error
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises bare Exception
