@@ -196,7 +196,20 @@ def _number(value: int) -> bytes:
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each length-delimited field; skip the others."""
-    for number, value, _ in _raw_fields(message):
+    place, end = 0, len(message)
+    while place < end:
+        start = place
+        # nearly all of a graph's fields: tag and length of one byte each
+        tag = message[place]
+        if tag < 0x80 and tag & 7 == _LENGTH_DELIMITED and place + 1 < end:
+            size = message[place + 1]
+            if size < 0x80:
+                place += 2 + size
+                if place > end:
+                    raise ValueError("it is cut off")
+                yield tag >> 3, message[start + 2 : place]
+                continue
+        number, value, place = _field_at(message, start)
         if value is not None:
             yield number, value
 
@@ -206,24 +219,28 @@ def _raw_fields(message: bytes) -> Iterator[tuple[int, bytes | None, bytes]]:
     place = 0
     while place < len(message):
         start = place
-        tag, place = _varint(message, place)
-        if tag >= 2**32:
-            raise ValueError(f"a field's tag is {tag}")
-        wire_type = tag & 7
-        if wire_type == _LENGTH_DELIMITED:
-            size, place = _varint(message, place)
-        elif wire_type == 0:
-            size, place = 0, _varint(message, place)[1]
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire_type}")
-        end = place + size
-        if end > len(message):
-            raise ValueError("it is cut off")
-        value = message[place:end] if wire_type == _LENGTH_DELIMITED else None
-        yield tag >> 3, value, message[start:end]
-        place = end
+        number, value, place = _field_at(message, start)
+        yield number, value, message[start:place]
+
+
+def _field_at(message: bytes, place: int) -> tuple[int, bytes | None, int]:
+    """Return a field's number, its value if that is length-delimited, and the place after it."""
+    tag, place = _varint(message, place)
+    if tag >= 2**32:
+        raise ValueError(f"a field's tag is {tag}")
+    wire_type = tag & 7
+    if wire_type == _LENGTH_DELIMITED:
+        size, place = _varint(message, place)
+    elif wire_type == 0:
+        size, place = 0, _varint(message, place)[1]
+    elif wire_type in (1, 5):
+        size = 8 if wire_type == 1 else 4
+    else:
+        raise ValueError(f"wire type {wire_type}")
+    end = place + size
+    if end > len(message):
+        raise ValueError("it is cut off")
+    return tag >> 3, message[place:end] if wire_type == _LENGTH_DELIMITED else None, end
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:

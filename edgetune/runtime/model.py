@@ -8,7 +8,6 @@ import numpy as np
 
 from edgetune.errors import EdgetuneError, IntegrityError
 from edgetune.runtime.bundle import GRAPH_NAME, Bundle, open_bundle, verify_files
-from edgetune.runtime.goldens import read_goldens
 from edgetune.runtime.graph import check_graph
 from edgetune.runtime.manifest import TensorSpec
 from edgetune.runtime.ort import RunLimit, check_version, open_session, run_session
@@ -192,6 +191,8 @@ class EdgeModel:
 
     def goldens(self) -> list[Any]:
         """Return the raw samples of the bundle's self-test."""
+        from edgetune.runtime.goldens import read_goldens  # a start reads none
+
         return read_goldens(self.bundle)[0]
 
     def self_test(self) -> float:
@@ -200,6 +201,8 @@ class EdgeModel:
         Raises:
             IntegrityError: a logit is further from the stored one than the manifest allows.
         """
+        from edgetune.runtime.goldens import read_goldens
+
         samples, expected = read_goldens(self.bundle)
         tolerance = self.manifest.goldens.tolerance
         worst = 0.0
