@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,38 @@ def vnni_hider(folder: Path) -> tuple[Path | None, str]:
     if done.returncode:
         return None, "VNNI cannot be hidden: the kernel does not let CPUID fault"
     return library, ""
+
+
+def optimum_python(venv: Path | None, folder: Path) -> tuple[Path | None, str]:
+    """Return the Python of an environment with Optimum, made where none is named."""
+    python = (venv or folder / "optimum-venv").expanduser().absolute() / "bin" / "python"
+    if venv is None and not python.exists():
+        uv = shutil.which("uv")
+        if uv is None:
+            return None, "uv is not installed, which makes the environment; see --optimum-venv"
+        say("installing Optimum into an environment of its own")
+        wanted = ["--python", str(python), "optimum-onnx[onnxruntime]"]
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        for command in (
+            [uv, "venv", "--python", version, str(python.parent.parent)],
+            [uv, "pip", "install", *wanted],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                shutil.rmtree(python.parent.parent, ignore_errors=True)
+                return None, f"cannot be installed: {last_line(done.stderr)}"
+    code = "from importlib.metadata import version; print(version('optimum-onnx'))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return None, str(error)
+    return (None, last_line(done.stderr)) if done.returncode else (python, "")
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not blank: what a traceback ends with."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return textwrap.shorten(lines[-1], 300, placeholder=" ...") if lines else ""
 
 
 @contextmanager

@@ -47,6 +47,8 @@ from _common import (
     SHARED,
     SST2,
     first_rows,
+    last_line,
+    optimum_python,
     percent,
     points,
     print_heading,
@@ -243,7 +245,7 @@ def main() -> None:
             quit_unable(no_hiding)
         wants_optimum = not given.no_optimum and any(name not in RESNETS for name in names)
         optimum, no_optimum = (
-            _optimum_python(given.optimum_venv, folder) if wants_optimum else (None, "")
+            optimum_python(given.optimum_venv, folder) if wants_optimum else (None, "")
         )
         settings = Settings(
             data=data,
@@ -725,32 +727,6 @@ for name, step in steps.items():
 """
 
 
-def _optimum_python(venv: Path | None, folder: Path) -> tuple[Path | None, str]:
-    """Return the Python of an environment with Optimum, made where none is named."""
-    python = (venv or folder / "optimum-venv").expanduser().absolute() / "bin" / "python"
-    if venv is None and not python.exists():
-        uv = shutil.which("uv")
-        if uv is None:
-            return None, "uv is not installed, which makes the environment; see --optimum-venv"
-        say("installing Optimum into an environment of its own")
-        wanted = ["--python", str(python), "optimum-onnx[onnxruntime]"]
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        for command in (
-            [uv, "venv", "--python", version, str(python.parent.parent)],
-            [uv, "pip", "install", *wanted],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                shutil.rmtree(python.parent.parent, ignore_errors=True)
-                return None, f"cannot be installed: {_last_line(done.stderr)}"
-    code = "from importlib.metadata import version; print(version('optimum-onnx'))"
-    try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    except OSError as error:
-        return None, str(error)
-    return (None, _last_line(done.stderr)) if done.returncode else (python, "")
-
-
 def _optimum_rows(case: Case, folder: Path, settings: Settings) -> Iterator[Row]:
     """Yield Optimum's export of the checkpoint and what its presets make of it."""
     if not case.checkpoint or (settings.optimum is None and not settings.no_optimum):
@@ -774,7 +750,7 @@ def _optimum_rows(case: Case, folder: Path, settings: Settings) -> Iterator[Row]
     )  # fmt: skip
     result = folder / "result.json"
     if not result.is_file():
-        yield Row(name="Optimum", side="peer", failed=_last_line(done.stderr))
+        yield Row(name="Optimum", side="peer", failed=last_line(done.stderr))
         return
     names, failed = json.loads(result.read_text())
     for name in names:
@@ -879,7 +855,7 @@ def _child(row: Row, samples: Path, settings: Settings, *, hidden: bool, runs: i
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(_last_line(done.stderr) or f"ended with {done.returncode}")
+        raise RuntimeError(last_line(done.stderr) or f"ended with {done.returncode}")
     found: list[Any] = json.loads(done.stdout)
     return found
 
@@ -1086,11 +1062,6 @@ def _first_line(error: object) -> str:
     kind = "" if isinstance(error, str | EdgetuneError) else f"{type(error).__name__}: "
     lines = str(error).strip().splitlines() or [""]
     return _cut(f"{kind}{lines[0]}")
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return _cut(lines[-1]) if lines else ""
 
 
 def _cut(line: str, most: int = 240) -> str:
