@@ -1,15 +1,18 @@
 """Open a bundle: a folder, or one zip, whose files are what its manifest says they are."""
 
 import hashlib
+import itertools
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from edgetune.errors import ConfigError, IntegrityError, ResourceError
 from edgetune.runtime.manifest import (
     MANIFEST_NAME,
+    MAX_FILES,
     MAX_MANIFEST_BYTES,
     Manifest,
     parse_manifest,
@@ -22,8 +25,11 @@ GRAPH_NAME = "model.onnx"
 WEIGHTS_NAME = "weights.bin"
 GOLDENS_NAME = "goldens.npz"
 TOKENIZER_NAME = "tokenizer.json"
-# a file that is read as a whole is no larger; weights are mapped, not read
+# a file that is read as a whole is no larger, nor are all together that opening hashes; weights
+# are mapped, not read
 MAX_READ_BYTES = 2**30
+# a file with holes can claim more than any disk holds, and hashing it would take days
+MAX_BUNDLE_BYTES = 2**36
 # what opening a bundle does not hash: weights, whose reading would make each start of the
 # device slower, and goldens, which nothing but the self-test reads
 UNHASHED = frozenset({WEIGHTS_NAME, GOLDENS_NAME})
@@ -37,8 +43,18 @@ class Folder:
         self.where = path
 
     def names(self) -> set[str]:
-        """Return the names of all that is there."""
-        return {path.name for path in self.where.iterdir()}
+        """Return the names of what is there; of very many, some.
+
+        Raises:
+            ResourceError: the folder cannot be read.
+        """
+        try:
+            with os.scandir(self.where) as entries:
+                # one more than a bundle has: one of them is not listed, whichever it is
+                return {entry.name for entry in itertools.islice(entries, MAX_FILES + 2)}
+        except OSError as error:
+            reason = error.strerror or error
+            raise ResourceError(f"{self.where}: cannot be read: {reason}") from error
 
     def size(self, name: str) -> int | None:
         """Return a plain file's size in bytes; None if there is none of that name, or a link."""
@@ -49,8 +65,15 @@ class Folder:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def view(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        return (self.where / name).read_bytes()
+        """Return a file's bytes.
+
+        Raises:
+            OSError: it cannot be read, or is too large to be read as a whole.
+        """
+        with open_plain(self.where / name) as file:
+            if os.fstat(file.fileno()).st_size > MAX_READ_BYTES:
+                raise OSError(f"larger than {MAX_READ_BYTES} bytes")
+            return file.read()
 
     def close(self) -> None:
         """Do nothing: no file is kept open."""
@@ -92,11 +115,11 @@ class Bundle:
         return self.folder / name
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of the file `name`.
+        """Return the bytes of the file `name`, whose hash is that of the manifest.
 
         Raises:
             IntegrityError: the manifest does not list it, it is too large to be read as a whole,
-                or has another size.
+                or has another size or hash.
             ResourceError: it cannot be read.
         """
         self._check_listed(name)
@@ -108,10 +131,13 @@ class Bundle:
             )
         check_size(self, name)
         try:
-            return bytes(self.files.view(name))
+            data = bytes(self.files.view(name))
         except OSError as error:
             reason = error.strerror or error
             raise ResourceError(f"{self.where}: {name}: cannot be read: {reason}") from error
+        # these very bytes: the file may be another one than when the bundle was opened
+        _compare(self, name, hashlib.sha256(data).hexdigest())
+        return data
 
     @property
     def size_bytes(self) -> int:
@@ -131,12 +157,18 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises:
         IntegrityError: it is no bundle, or a file is absent, a link, of another size or of
-            another hash.
+            another hash, or they are larger than any bundle's.
         ResourceError: a file cannot be read.
     """
     bundle = _read_manifest(Path(path))
     for name in bundle.manifest.files:
         check_size(bundle, name)
+    hashed = sum(e.size for name, e in bundle.manifest.files.items() if name not in UNHASHED)
+    if hashed > MAX_READ_BYTES or bundle.size_bytes > MAX_BUNDLE_BYTES:
+        raise IntegrityError(
+            f"{bundle.where}: {bundle.size_bytes} bytes, {hashed} of them neither weights nor"
+            f" goldens; allowed {MAX_BUNDLE_BYTES} and {MAX_READ_BYTES}"
+        )
     for name in bundle.manifest.files:
         if name not in UNHASHED:
             check_hash(bundle, name)
@@ -150,9 +182,7 @@ def verify_files(bundle: Bundle, *, progress: Callable[[str], None] | None = Non
         IntegrityError: one differs, is absent or is not listed.
         ResourceError: one cannot be read.
     """
-    listed = {MANIFEST_NAME, *bundle.manifest.files}
-    for name in sorted(bundle.files.names() - listed):
-        raise IntegrityError(f"{bundle.where / name}: is not listed in the manifest")
+    check_listed(bundle)
     for name in bundle.manifest.files:
         if progress:
             progress(name)
@@ -160,9 +190,43 @@ def verify_files(bundle: Bundle, *, progress: Callable[[str], None] | None = Non
         check_hash(bundle, name)
 
 
+def check_listed(bundle: Bundle) -> None:
+    """Check that nothing is there that the manifest does not list.
+
+    Raises:
+        IntegrityError: something is.
+        ResourceError: the folder cannot be read.
+    """
+    for name in sorted(bundle.files.names() - {MANIFEST_NAME, *bundle.manifest.files}):
+        # a name of others may hold line breaks, or what a terminal obeys
+        shown = name if name.isascii() and name.isprintable() else ascii(name)
+        raise IntegrityError(f"{bundle.where}/{shown:.200}: is not listed in the manifest")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; a pipe in its place is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+
+    def at_once(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=at_once)  # noqa: SIM115, PTH123 - returned; Path.open has no opener
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("is no plain file")
+    return file
+
+
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in lower-case hex."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file in lower-case hex.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -190,7 +254,7 @@ def check_hash(bundle: Bundle, name: str) -> None:
         IntegrityError: it has not.
         ResourceError: it cannot be read.
     """
-    path, expected = bundle.where / name, bundle.manifest.files[name].sha256
+    path = bundle.where / name
     try:
         if isinstance(bundle.files, Folder):
             found = file_sha256(path)
@@ -198,18 +262,30 @@ def check_hash(bundle: Bundle, name: str) -> None:
             found = hashlib.sha256(bundle.files.view(name)).hexdigest()
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    _compare(bundle, name, found)
+
+
+def _compare(bundle: Bundle, name: str, found: str) -> None:
+    """Check that `found` is the SHA-256 that the manifest says of the file `name`."""
+    expected = bundle.manifest.files[name].sha256
     if found != expected:
         raise IntegrityError(
-            f"{path}: expected SHA-256 {expected[:12]}..., got {found[:12]}...;"
+            f"{bundle.where / name}: expected SHA-256 {expected[:12]}..., got {found[:12]}...;"
             " the bundle is damaged, copy it again"
         )
 
 
 def _read_manifest(path: Path) -> Bundle:
     files: Folder | Archive
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a NUL
+        mode = 0
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if stat.S_ISDIR(mode):
         files = Folder(path)
-    elif path.is_file():
+    elif stat.S_ISREG(mode):
         from edgetune.runtime import archive  # a folder needs it not
 
         files = archive.Archive(path)

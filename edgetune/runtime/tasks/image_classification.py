@@ -18,6 +18,8 @@ from edgetune.runtime.tasks.classification import Classification, classify
 Pixels = npt.NDArray[np.uint8]
 # Pillow would start Ghostscript to draw these
 PROGRAMS = ("EPS",)
+# the EXIF tag that says how a camera was held; 1 is upright
+ORIENTATION = 0x0112
 
 
 class ImageClassification:
@@ -68,7 +70,7 @@ def decode_image(source: Any) -> Pixels:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingExtraError("pillow", "image") from error
     name, opened = type(source).__name__, source
@@ -85,17 +87,25 @@ def decode_image(source: Any) -> Pixels:
         )
     try:
         if isinstance(opened, Image.Image):  # the caller's: not ours to close
-            return np.array(_to_rgb(ImageOps.exif_transpose(opened)))
+            return np.array(_to_rgb(_upright(opened)))
         with Image.open(opened) as image:
             if image.format in PROGRAMS:
                 raise DataError(f"{name}: is {image.format}, a program and no picture")
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_to_rgb(_upright(image)))
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: is no image that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _upright(image: Any) -> Any:
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image
+    from PIL import ImageOps  # takes a while to import, and few images need it
+
+    return ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Any) -> Any:
