@@ -19,6 +19,7 @@ from edgetune.export.cache import FOLDER_NAME, Cache
 from edgetune.export.candidate import Candidate, Laboratory
 from edgetune.export.card import model_card
 from edgetune.export.climb import Climb, Request, Search
+from edgetune.export.drift import write_baseline
 from edgetune.export.pack import CARD_NAME, discard, publish, write_manifest
 from edgetune.export.records import SearchReport
 from edgetune.export.report import ladder_markdown, write_reports
@@ -28,6 +29,7 @@ from edgetune.export.summary import search_report
 from edgetune.export.workshop import Say, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
 from edgetune.runtime.bundle import open_bundle
+from edgetune.runtime.drift import DRIFT_NAME
 from edgetune.runtime.model import EdgeModel
 from edgetune.tasks.paired import Comparison
 from edgetune.train.run import Run, open_run, run_dataset
@@ -212,6 +214,7 @@ class _Exporter:
         self.laboratory, self.shop = laboratory, laboratory.shop
         self.run, self.say = laboratory.shop.run, laboratory.shop.say
         self.request, self.output = request, output
+        self.notes: list[str] = []
 
     def export(self, rungs: list[Rung]) -> ExportResult:
         begin = time.monotonic()
@@ -254,7 +257,7 @@ class _Exporter:
             chosen=shipped,
             report=report,
             report_path=report_path,
-            notes=tuple(climb.notes),
+            notes=(*climb.notes, *self.notes),
         )
 
     def _finish(
@@ -286,6 +289,7 @@ class _Exporter:
             verdict=report.verdict,
         )
         (chosen.folder / CARD_NAME).write_text(card, encoding="utf-8")
+        self._add_baseline(chosen)
         write_manifest(chosen.folder, manifest)
         edge = EdgeModel.load(chosen.folder, check="full")
         if chosen.arithmetic == "native":  # else the goldens are another CPU's answers
@@ -293,6 +297,18 @@ class _Exporter:
         size = open_bundle(chosen.folder).size_bytes
         publish(chosen.folder, self.output)
         return size
+
+    def _add_baseline(self, chosen: Candidate) -> None:
+        """Describe what the bundle answers, so that a device can tell drift from it."""
+        self.say("describing its answers, to tell drift by")
+        edge = EdgeModel.load(self.laboratory.faithful(chosen))
+        lacks = write_baseline(chosen.folder, edge, self.laboratory.val)
+        path, most = chosen.folder / DRIFT_NAME, self.request.budgets.max_size_mib
+        if lacks is None and most and chosen.size_bytes + path.stat().st_size > most * 2**20:
+            path.unlink()
+            lacks = f"it would be larger than {most:g} MiB"
+        if lacks:
+            self.notes.append(f"a device will see no drift of inputs with this bundle: {lacks}")
 
 
 def check_parity(run: Run, edge: EdgeModel, split: Split) -> float:

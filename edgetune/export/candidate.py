@@ -30,6 +30,8 @@ from edgetune.runtime.model import EdgeModel
 from edgetune.runtime.tasks import DeviceTask
 from edgetune.tasks.paired import Comparison, GatedMetric, Verdict, compare, verdict
 
+# the end of a draft's name whose graph is another CPU's arithmetic written out
+EMULATED = "-emulated"
 GOLDEN_SAMPLES = 4
 # share of the largest golden logit that a device's logits may be off. float kernels differ in
 # the order of sums; int8 rounding turns such a difference into whole steps
@@ -126,7 +128,7 @@ class Laboratory:
         folder = self._draft(rung.name, built.model, built, source)
         faithful = folder
         if answering is not built.model:
-            faithful = self._draft(f"{rung.name}-emulated", answering, built, source)
+            faithful = self._draft(f"{rung.name}{EMULATED}", answering, built, source)
         self._add_goldens(folder, faithful, built.precision)
         gated, known = self.answer(faithful, answering, self.val)
         cost, timed = self._cost(folder, built.model)
@@ -148,11 +150,14 @@ class Laboratory:
         if self.shown is self.val:
             return dataclasses.replace(candidate, answers=candidate.gated)
         answering, _ = self._as_on_device(candidate.built)
-        faithful = candidate.folder
-        if answering is not candidate.built.model:
-            faithful = self.workplace / f"{candidate.rung.name}-emulated"
-        answers, _ = self.answer(faithful, answering, self.shown)
+        answers, _ = self.answer(self.faithful(candidate), answering, self.shown)
         return dataclasses.replace(candidate, answers=answers)
+
+    def faithful(self, candidate: Candidate) -> Path:
+        """Return the draft that answers here as the candidate does on the profile's CPU."""
+        if candidate.arithmetic == "native":
+            return candidate.folder
+        return self.workplace / f"{candidate.rung.name}{EMULATED}"
 
     def answer(self, folder: Path, model: onnx.ModelProto, split: Split) -> tuple[Answers, bool]:
         """Return a bundle's answers on a split, and whether they were known."""

@@ -1,5 +1,6 @@
 """EdgeModel: load a bundle, predict."""
 
+import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -16,6 +17,8 @@ from edgetune.runtime.tasks import open_task
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+    from edgetune.runtime.watch import Watch
+
 # how many batches' worth of encoded samples may wait for others that they can share one with
 WAITING_BATCHES = 2
 
@@ -27,7 +30,9 @@ class EdgeModel:
     changes after loading. As a context manager it is closed at the end.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, watch: "Watch | None" = None
+    ) -> None:
         """Open the bundle's graph; `EdgeModel.load` is the way in."""
         check_version(bundle.manifest.compatibility)
         self.bundle = bundle
@@ -39,6 +44,7 @@ class EdgeModel:
         self._check_names("inputs", self.manifest.inputs, self._session.get_inputs())
         self._check_names("outputs", self.manifest.outputs, self._session.get_outputs())
         self._executor: ThreadPoolExecutor | None = None
+        self._watch = watch
 
     @classmethod
     def load(
@@ -47,6 +53,8 @@ class EdgeModel:
         *,
         threads: int | None = None,
         check: Literal["quick", "full"] = "quick",
+        watch: str | Path | None = None,
+        keep_inputs: int = 0,
     ) -> Self:
         """Load the bundle in folder or zip `path`.
 
@@ -56,6 +64,10 @@ class EdgeModel:
             threads: overrides the number of threads that the manifest names.
             check: "quick" compares every size and the hash of all but the weights; "full"
                 hashes those too.
+            watch: folder, or .jsonl file, to note in what was predicted: counts, latency,
+                scores, drift; see `runtime.watch`. None notes nothing.
+            keep_inputs: how many texts or paths, those of the lowest scores, to note with each
+                window; nothing of the inputs is noted otherwise.
 
         Raises:
             IntegrityError: the bundle is not what its manifest says.
@@ -65,7 +77,13 @@ class EdgeModel:
         bundle = open_bundle(path)
         if check == "full":
             verify_files(bundle)
-        return cls(bundle, threads=threads)
+        if watch is None:
+            return cls(bundle, threads=threads)
+        from edgetune.runtime.watch import Watch  # most models are not watched
+
+        return cls(
+            bundle, threads=threads, watch=Watch.open(watch, bundle, keep_inputs=keep_inputs)
+        )
 
     def __enter__(self) -> Self:
         """Return the model."""
@@ -76,11 +94,16 @@ class EdgeModel:
         self.close()
 
     def close(self) -> None:
-        """Give back the session's memory and threads; nothing can be predicted any more."""
+        """Give back the session's memory and threads; nothing can be predicted any more.
+
+        What was watched and not written yet is written.
+        """
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=True, cancel_futures=True)
         self._session = None
+        if self._watch is not None:
+            self._watch.close()
         self.bundle.files.close()
 
     @property
@@ -149,7 +172,7 @@ class EdgeModel:
                 try:
                     if isinstance(item, EdgetuneError):
                         raise item
-                    result = self._answer([item], all_scores, None)[0]
+                    result = self._answer([item], (), all_scores, None)[0]
                 except EdgetuneError as error:
                     if errors == "raise":
                         raise
@@ -207,8 +230,14 @@ class EdgeModel:
         tolerance = self.manifest.goldens.tolerance
         worst = 0.0
         for number, (sample, stored) in enumerate(zip(samples, expected, strict=True)):
-            logits = self.outputs(sample)["logits"][0]
-            difference = float(np.abs(logits - stored).max())
+            logits = self.outputs(sample).get("logits")
+            if logits is None or logits.shape != (1, *stored.shape) or logits.dtype != np.float32:
+                raise IntegrityError(
+                    f"golden {number}: the graph gives no logits of shape {(1, *stored.shape)},"
+                    " float32"
+                )
+            with np.errstate(all="ignore"):  # infinite less infinite is no number, and refused
+                difference = float(np.abs(logits[0] - stored).max(initial=0.0))
             if not difference <= tolerance:
                 raise IntegrityError(
                     f"golden {number}: a logit is {difference:.4g} from the stored one, allowed"
@@ -220,14 +249,23 @@ class EdgeModel:
     def _predict(self, value: Any, all_scores: bool, limit: RunLimit | None) -> Any:
         if self.task.is_many(value):
             return self._predict_many(list(value), all_scores, limit)
-        return self._answer([self.task.encode(value)], all_scores, limit)[0]
+        return self._answer([self.task.encode(value)], [value], all_scores, limit)[0]
 
     def _answer(
-        self, encoded: Sequence[dict[str, Any]], all_scores: bool, limit: RunLimit | None
+        self,
+        encoded: Sequence[dict[str, Any]],
+        samples: Sequence[Any],
+        all_scores: bool,
+        limit: RunLimit | None,
     ) -> list[Any]:
-        """Return the results of encoded samples that share a batch."""
+        """Return the results of samples that share a batch; raw ones are for the watch."""
+        begin = time.perf_counter()
         outputs = self._run(self.task.stack(encoded), limit)
-        return self.task.results(outputs, all_scores=all_scores)
+        seconds = time.perf_counter() - begin
+        results = self.task.results(outputs, all_scores=all_scores)
+        if self._watch is not None:
+            self._watch.record(outputs, results, seconds, samples)
+        return results
 
     def _run(self, inputs: Mapping[str, Any], limit: RunLimit | None) -> dict[str, Any]:
         values = run_session(self.session, self._outputs, inputs, limit)
@@ -238,7 +276,8 @@ class EdgeModel:
     ) -> list[Any]:
         results: list[Any] = [None] * len(samples)
         for batch in self._batches(samples):
-            answers = self._answer([arrays for _, arrays in batch], all_scores, limit)
+            raw = [samples[index] for index, _ in batch]
+            answers = self._answer([arrays for _, arrays in batch], raw, all_scores, limit)
             for (index, _), answer in zip(batch, answers, strict=True):
                 results[index] = answer
         return results

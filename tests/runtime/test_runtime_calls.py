@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from edgetune.errors import ConfigError, DataError, EdgetuneError, PredictionTimeout
 from edgetune.runtime import Classification, EdgeModel
+from edgetune.runtime.watch import read_watch
 
 
 @pytest.fixture
@@ -237,3 +238,27 @@ def test_a_call_that_is_cancelled_stops_its_run(slow_bundle):
 def test_an_error_comes_out_of_the_await(words):
     with pytest.raises(DataError, match="expected a string, got int"):
         asyncio.run(words.apredict(7))
+
+
+# -- watching -------------------------------------------------------------------------------------
+
+
+def test_a_watched_model_notes_what_it_predicts(word_bundle, tmp_path):
+    with EdgeModel.load(word_bundle, watch=tmp_path / "watch") as model:
+        model.predict("good")
+        model.predict(["bad", "bad bad"])
+        list(model.predict_stream(["good"]))
+        asyncio.run(model.apredict("bad"))
+        assert not (tmp_path / "watch").exists()  # a window is not full yet
+    (line,) = read_watch(tmp_path / "watch")
+    assert line.classes == {"positive": 2, "negative": 3}
+    assert sum(line.latency.values()) == line.predictions - 1  # the list was one batch
+    assert line.bundle == model.manifest.digest
+    assert line.inputs == ()
+
+
+def test_inputs_are_noted_where_that_is_asked_for(word_bundle, tmp_path):
+    with EdgeModel.load(word_bundle, watch=tmp_path / "w", keep_inputs=2) as model:
+        model.predict(["good good good", "good", "bad bad"])
+    (line,) = read_watch(tmp_path / "w")
+    assert line.inputs == ("good", "bad bad")  # those that the model was least sure of

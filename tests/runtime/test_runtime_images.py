@@ -208,7 +208,7 @@ def test_black_and_white_modes_become_rgb(mode, color):
     [
         (
             None,
-            "expected a path, bytes, an open binary file, a PIL image or a uint8 array, got builtins.NoneType",
+            "an open binary file, a PIL image or a uint8 array, got builtins.NoneType",
         ),
         (7, "got builtins.int"),
         ({"image": 1}, "got builtins.dict"),

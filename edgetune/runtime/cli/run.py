@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgetune.runtime.cli.lines import lines
-from edgetune.runtime.cli.options import ALL_SCORES, BUNDLE, JSON
+from edgetune.runtime.cli.options import ALL_SCORES, BUNDLE, JSON, WATCH
 from edgetune.runtime.records import to_mapping
 
 
@@ -15,21 +15,24 @@ from edgetune.runtime.records import to_mapping
 @BUNDLE
 @click.argument("inputs", nargs=-1, required=True)
 @ALL_SCORES
+@WATCH
 @JSON
-def command(bundle: Path, inputs: tuple[str, ...], all_scores: bool, as_json: bool) -> None:
+def command(
+    bundle: Path, inputs: tuple[str, ...], all_scores: bool, watch: Path | None, as_json: bool
+) -> None:
     """Predict for INPUTS: texts, or paths of images; "-" reads one a line from standard input."""
     from edgetune.runtime.model import EdgeModel
 
-    model = EdgeModel.load(bundle)
-    for sample in _samples(inputs):
-        result = model.predict(sample, all_scores=all_scores)
-        if as_json:
-            click.echo(json.dumps({"input": sample, **to_mapping(result)}, ensure_ascii=False))
-            continue
-        click.echo(f"{result.label}\t{result.score:.4f}\t{sample}")
-        if result.scores:
-            for label, score in sorted(result.scores.items(), key=lambda item: -item[1]):
-                click.echo(f"    {label}\t{score:.4f}")
+    with EdgeModel.load(bundle, watch=watch) as model:
+        for sample in _samples(inputs):
+            result = model.predict(sample, all_scores=all_scores)
+            if as_json:
+                click.echo(json.dumps({"input": sample, **to_mapping(result)}, ensure_ascii=False))
+                continue
+            click.echo(f"{result.label}\t{result.score:.4f}\t{sample}")
+            if result.scores:
+                for label, score in sorted(result.scores.items(), key=lambda item: -item[1]):
+                    click.echo(f"    {label}\t{score:.4f}")
 
 
 def _samples(inputs: tuple[str, ...]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgetune.errors import ConfigError
-from edgetune.runtime.cli.options import BUNDLE
+from edgetune.runtime.cli.options import BUNDLE, WATCH
 
 TOKEN_VARIABLE = "EDGETUNE_TOKEN"
 
@@ -33,6 +33,7 @@ TOKEN_VARIABLE = "EDGETUNE_TOKEN"
 @click.option("--grace", default=10.0, show_default=True, help="Seconds to finish when stopped.")
 @click.option("--connections", default=64, show_default=True, help="Open at a time.")
 @click.option("--threads", type=int, help="Threads a prediction.  [default: the bundle's]")
+@WATCH
 @click.option("--access-log", is_flag=True, help="One line a request on standard error.")
 def command(
     bundle: Path,
@@ -48,6 +49,7 @@ def command(
     grace: float,
     connections: int,
     threads: int | None,
+    watch: Path | None,
     access_log: bool,
 ) -> None:
     """Answer POST /predict, GET /healthz and GET /metrics until SIGTERM or Ctrl-C.
@@ -77,7 +79,7 @@ def command(
         click.echo(f"serving {manifest.name}, release {manifest.release}, on {url}")
         sys.stdout.flush()
 
-    with EdgeModel.load(bundle, threads=threads) as model:
+    with EdgeModel.load(bundle, threads=threads, watch=watch) as model:
         manifest = model.manifest
         for sample in model.goldens()[:1]:
             model.predict(sample)  # the first run allocates; no client should wait for it
