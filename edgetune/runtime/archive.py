@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.errors import IntegrityError, ResourceError
+from edgetune.runtime.bundle import open_plain
+from edgetune.runtime.manifest import FILE_NAME
 
 MAX_FILES = 64
 # files begin on a page, so that their contents can be mapped into memory
@@ -29,6 +31,8 @@ _UTF8 = 0x800
 UNIX = 3  # the system that a writer says it ran on
 # the extra field that holds nothing but room, as Android's zipalign writes it
 _PADDING = 0xD935
+# a folder or the label of a disk, as DOS marks them
+_DOS_SPECIAL = 0x18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +55,15 @@ class Archive:
         """
         self.where = path
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 status = os.fstat(file.fileno())
                 self.identity = (status.st_dev, status.st_ino)
-                if not stat.S_ISREG(status.st_mode) or status.st_size < _END.size:
+                if status.st_size < _END.size:
                     raise IntegrityError(f"{path}: is no bundle: neither a folder nor a zip")
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ResourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError, OverflowError) as error:  # it may shrink, or exceed 32 bits
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(f"{path}: cannot be read: {reason}") from error
         try:
             self.members: Mapping[str, Member] = _directory(self._bytes)
         except (ValueError, struct.error) as error:
@@ -153,9 +158,12 @@ def _member(data: mmap.mmap, place: int, limit: int) -> tuple[str, Member, int, 
     _expect(sign == b"PK\1\2", "no directory entry")
     name = _text(data, place + _ENTRY.size, name_size)
     kind = stat.S_IFMT(attributes >> 16) if made_by >> 8 == UNIX else 0
-    _expect(kind in (0, stat.S_IFREG), f"{name!r} is no plain file")
+    plain = kind in (0, stat.S_IFREG) and not attributes & _DOS_SPECIAL
+    _expect(plain, f"{name!r:.200} is no plain file")
+    _expect(FILE_NAME.fullmatch(name) is not None, f"{name!r:.200} is no name of a bundle's file")
     _expect(flags & ~_UTF8 == 0 and method == 0 and packed == size, f"{name!r} is compressed")
     _expect(comment_size == disk == 0, f"{name!r} has a comment")
+    _check_extra(data, place + _ENTRY.size + name_size, extra_size)
     (local_sign, _, local_flags, local_method, _, _, local_checksum, local_packed, local_size,
      local_name_size, local_extra_size) = _LOCAL.unpack_from(data, header)  # fmt: skip
     _expect(local_sign == b"PK\3\4", f"{name!r} has no header")
@@ -165,10 +173,21 @@ def _member(data: mmap.mmap, place: int, limit: int) -> tuple[str, Member, int, 
         f"{name!r}: its header and the directory differ",
     )
     _expect(_text(data, header + _LOCAL.size, local_name_size) == name, f"{name!r} has two names")
+    _check_extra(data, header + _LOCAL.size + local_name_size, local_extra_size)
     offset = header + _LOCAL.size + local_name_size + local_extra_size
     _expect(offset + size <= limit, f"{name!r} is cut off")
     following = place + _ENTRY.size + name_size + extra_size
     return name, Member(offset=offset, size=size), header, following
+
+
+def _check_extra(data: mmap.mmap, place: int, size: int) -> None:
+    """Check that an extra field is room: others give a file another name, or another size."""
+    end = place + size
+    while place < end:
+        kind, length = struct.unpack_from("<HH", data, place)
+        _expect(kind == _PADDING, f"an extra field {kind:#06x}")
+        place += 4 + length
+    _expect(place == end, "an extra field that is cut off")
 
 
 def _text(data: mmap.mmap, place: int, size: int) -> str:

@@ -1,13 +1,14 @@
 """Open a bundle: a folder, or one zip, whose files are what its manifest says they are."""
 
 import hashlib
+import io
 import itertools
 import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from edgetune.errors import ConfigError, IntegrityError, ResourceError
 from edgetune.runtime.manifest import (
@@ -203,7 +204,7 @@ def check_listed(bundle: Bundle) -> None:
         raise IntegrityError(f"{bundle.where}/{shown:.200}: is not listed in the manifest")
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> io.BufferedReader:
     """Open a plain file for reading; a pipe in its place is not waited for.
 
     Raises:
@@ -213,7 +214,7 @@ def open_plain(path: Path) -> BinaryIO:
     def at_once(path: str, flags: int) -> int:
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=at_once)  # noqa: SIM115, PTH123 - returned; Path.open has no opener
+    file = open(path, "rb", opener=at_once)  # noqa: SIM115 - returned; Path.open has no opener
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError("is no plain file")

@@ -30,9 +30,16 @@ _FIELDS: dict[str, dict[int, str]] = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }  # fmt: skip
+# tensors of which a message has one: a reader of protobuf would merge several into one, whose
+# parts nobody has looked at together
+_SINGULAR = {"Attribute": {5, 22}, "SparseTensor": {1, 2}}
 _OPSET_IMPORT, _FUNCTIONS, _TRAINING_INFO = 8, 25, 20
 _LENGTH_DELIMITED = 2
 _KEY = b"location"
+# others, such as onnxruntime's prepacked weights, name further bytes of the file
+_KEYS = frozenset({_KEY, b"offset", b"length", b"checksum"})
+# onnxruntime takes bytes with this at place 4 for its own format, whatever else they are
+_ORT_FORMAT = b"ORTM"
 _MAX_DEPTH = 64
 
 
@@ -55,6 +62,8 @@ def check_graph(bundle: Bundle, name: str) -> None:
     data = bundle.read(name)
     where = f"{bundle.where}: {name}"
     try:
+        if data[4:8] == _ORT_FORMAT:
+            raise ValueError("it is in onnxruntime's own format")
         places, domains, extras = external_places(data), operator_domains(data), _extras(data)
     except ValueError as error:
         raise IntegrityError(f"{where}: is no ONNX graph: {error}") from error
@@ -85,7 +94,7 @@ def external_places(graph: bytes) -> set[Place]:
     Raises:
         ValueError: the bytes are no protobuf message, or an offset is no number.
     """
-    return set(_places(graph, "Model", 0))
+    return set(_places(graph, 0, len(graph), "Model", 0))
 
 
 def operator_domains(graph: bytes) -> set[str]:
@@ -113,22 +122,32 @@ def relocated(graph: bytes, move: Callable[[Place], Place]) -> bytes:
 
 
 def _extras(graph: bytes) -> str:
-    numbers = {number for number, _ in _fields(graph)}
+    numbers = {number for number, *_ in _spans(graph, 0, len(graph))}
     names = {_FUNCTIONS: "functions of its own", _TRAINING_INFO: "training graphs"}
     return " and ".join(names[n] for n in sorted(names) if n in numbers)
 
 
-def _places(message: bytes, kind: str, depth: int) -> Iterator[Place]:
+def _places(graph: bytes, begin: int, end: int, kind: str, depth: int) -> Iterator[Place]:
+    """Yield the places that graph[begin:end], a message of a kind, names.
+
+    Only tensors are copied: graphs inside one another would else take their size once a level.
+    """
     if depth > _MAX_DEPTH:
         raise ValueError("too many graphs inside one another")
-    inner = _FIELDS[kind]
-    for number, value in _fields(message):
+    inner, singular, seen = _FIELDS[kind], _SINGULAR.get(kind, ()), set()
+    for number, first, last in _spans(graph, begin, end):
+        if number not in inner:
+            continue
+        if number in singular:
+            if number in seen:
+                raise ValueError(f"field {number} of {kind} is there twice")
+            seen.add(number)
         # most messages hold no such key; they need not be looked into
-        if number not in inner or _KEY not in value:
+        if graph.find(_KEY, first, last) < 0:
             continue
         if inner[number] != "Tensor":
-            yield from _places(value, inner[number], depth + 1)
-        elif (place := _place(value)) is not None:
+            yield from _places(graph, first, last, inner[number], depth + 1)
+        elif (place := _place(graph[first:last])) is not None:
             yield place
 
 
@@ -138,8 +157,8 @@ def _place(tensor: bytes) -> Place | None:
     values = {entry.get(1, b""): entry.get(2, b"") for entry in entries}
     if not entries:
         return None
-    if len(values) < len(entries) or _KEY not in values:
-        raise ValueError("the place of a tensor's values is named twice, or in part")
+    if len(values) < len(entries) or _KEY not in values or not values.keys() <= _KEYS:
+        raise ValueError("the place of a tensor's values is named twice, in part or oddly")
     return Place(
         location=values[_KEY].decode(errors="backslashreplace"),
         offset=_whole(values.get(b"offset", b"0")),
@@ -196,7 +215,13 @@ def _number(value: int) -> bytes:
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each length-delimited field; skip the others."""
-    place, end = 0, len(message)
+    for number, first, last in _spans(message, 0, len(message)):
+        yield number, message[first:last]
+
+
+def _spans(message: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number and place, from and to, of each length-delimited field of message[begin:end]."""
+    place = begin
     while place < end:
         start = place
         # nearly all of a graph's fields: tag and length of one byte each
@@ -207,11 +232,11 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
                 place += 2 + size
                 if place > end:
                     raise ValueError("it is cut off")
-                yield tag >> 3, message[start + 2 : place]
+                yield tag >> 3, start + 2, place
                 continue
-        number, value, place = _field_at(message, start)
-        if value is not None:
-            yield number, value
+        number, first, place = _field_at(message, start, end)
+        if first is not None:
+            yield number, first, place
 
 
 def _raw_fields(message: bytes) -> Iterator[tuple[int, bytes | None, bytes]]:
@@ -219,12 +244,12 @@ def _raw_fields(message: bytes) -> Iterator[tuple[int, bytes | None, bytes]]:
     place = 0
     while place < len(message):
         start = place
-        number, value, place = _field_at(message, start)
-        yield number, value, message[start:place]
+        number, first, place = _field_at(message, start, len(message))
+        yield number, None if first is None else message[first:place], message[start:place]
 
 
-def _field_at(message: bytes, place: int) -> tuple[int, bytes | None, int]:
-    """Return a field's number, its value if that is length-delimited, and the place after it."""
+def _field_at(message: bytes, place: int, end: int) -> tuple[int, int | None, int]:
+    """Return a field's number, where its value begins if it is length-delimited, and its end."""
     tag, place = _varint(message, place)
     if tag >= 2**32:
         raise ValueError(f"a field's tag is {tag}")
@@ -237,10 +262,9 @@ def _field_at(message: bytes, place: int) -> tuple[int, bytes | None, int]:
         size = 8 if wire_type == 1 else 4
     else:
         raise ValueError(f"wire type {wire_type}")
-    end = place + size
-    if end > len(message):
+    if place + size > end:
         raise ValueError("it is cut off")
-    return tag >> 3, message[place:end] if wire_type == _LENGTH_DELIMITED else None, end
+    return tag >> 3, place if wire_type == _LENGTH_DELIMITED else None, place + size
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:

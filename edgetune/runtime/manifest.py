@@ -19,6 +19,8 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_DEPTH = 32
+# values in all: each takes some hundred bytes of memory, whatever it takes in the file
+MAX_VALUES = 2**18
 MAX_FILES = 63
 # names are flat: no folder, no dot at either end, nothing that a shell, a zip or a file system
 # could turn against us
@@ -162,8 +164,11 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
             were made, name a file that a bundle cannot have, or a value is out of bounds.
     """
     try:
+        # no value goes without one of these before it; those inside strings count too
+        if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
         mapping = json.loads(
-            data,
+            data.decode(),  # bytes may be UTF-16 to json
             object_pairs_hook=_no_repeats,
             parse_constant=_no_constant,
             parse_float=_finite,
@@ -176,7 +181,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     version = mapping.get("schema_version")
     if version != SCHEMA_VERSION:
         raise IntegrityError(
-            f"{where}: bundle schema {version!r}; this edgetune reads {SCHEMA_VERSION};"
+            f"{where}: bundle schema {version!r:.80}; this edgetune reads {SCHEMA_VERSION};"
             " use the edgetune version that wrote the bundle, or a newer one"
         )
     manifest = from_mapping(Manifest, mapping, where=where, error=IntegrityError)
@@ -198,7 +203,8 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 def release_numbers(version: str) -> tuple[int, int, int]:
     """Return the release numbers of a version: "1.20.1rc2+cu12" -> (1, 20, 1)."""
-    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", version)
+    # int() refuses thousands of digits
+    match = re.match(r"([0-9]{1,9})(?:\.([0-9]{1,9}))?(?:\.([0-9]{1,9}))?", version)
     major, minor, patch = match.groups() if match else (0, 0, 0)
     return int(major or 0), int(minor or 0), int(patch or 0)
 
@@ -260,7 +266,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise ValueError(f"key {key!r} is repeated")
+            raise ValueError(f"key {key!r:.200} is repeated")
         mapping[key] = value
     return mapping
 
@@ -268,7 +274,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{text:.80} is too large")
     return value
 
 

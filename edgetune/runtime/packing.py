@@ -1,5 +1,6 @@
 """Make one file of a bundle's folder, and a folder of the file."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -10,7 +11,13 @@ from pathlib import Path
 
 from edgetune.errors import ConfigError, IntegrityError, ResourceError
 from edgetune.runtime.archive import write_archive
-from edgetune.runtime.bundle import WEIGHTS_NAME, Bundle, open_bundle, verify_files
+from edgetune.runtime.bundle import (
+    WEIGHTS_NAME,
+    Bundle,
+    check_listed,
+    open_bundle,
+    verify_files,
+)
 from edgetune.runtime.files import flush, replace_atomic
 from edgetune.runtime.manifest import MANIFEST_NAME
 
@@ -31,7 +38,11 @@ def pack(bundle: str | Path, output: str | Path) -> Bundle:
     """
     source, target = open_bundle(bundle), Path(output)
     verify_files(source)
-    if target.exists():
+    try:
+        there = target.exists()
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written: {error}") from error
+    if there:
         raise ConfigError(f"output {target}: exists already; name another file")
     rest = sorted(source.manifest.files, key=lambda name: (name == WEIGHTS_NAME, name))
     files = {name: source.folder / name for name in (MANIFEST_NAME, *rest)}
@@ -59,37 +70,54 @@ def unpack(
         ResourceError: the disk is full or cannot be written.
     """
     source, target = open_bundle(bundle), Path(output)
+    try:
+        _check_room(source, target)
+        absent = [folder for folder in target.parents if not folder.exists()]
+        try:
+            _fill(source, target, progress)
+        except BaseException:
+            for folder in absent:  # innermost first
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written: {error}") from error
+    finally:
+        source.files.close()
+    return open_bundle(target)
+
+
+def _check_room(source: Bundle, target: Path) -> None:
+    """Check that the archive `source` holds nothing more, and has room at `target`."""
     if source.where.is_dir():
         raise ConfigError(f"{source.where}: is a folder already; unpack takes a bundle's zip")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"output {target}: exists already; name another folder")
-    listed = {MANIFEST_NAME, *source.manifest.files}
-    for name in sorted(source.files.names() - listed):
-        raise IntegrityError(f"{source.where / name}: is not listed in the manifest")
-    parent = target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    check_listed(source)
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
     if source.size_bytes + RESERVE_BYTES > free:
         raise ResourceError(
-            f"{parent}: {free >> 20} MiB are free, the bundle takes {source.size_bytes >> 20} and"
+            f"{there}: {free >> 20} MiB are free, the bundle takes {source.size_bytes >> 20} and"
             f" {RESERVE_BYTES >> 20} are to stay"
         )
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+
+
+def _fill(source: Bundle, target: Path, progress: Callable[[str], None] | None) -> None:
+    """Write the files of `source` to a folder beside `target` and rename that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        for name in sorted(listed):
+        for name in sorted({MANIFEST_NAME, *source.manifest.files}):
             if progress:
                 progress(name)
             _write(source, name, staging / name)
         staging.chmod(0o755)
         flush(staging)
         staging.rename(target)
-        flush(parent)
-    except OSError as error:
-        raise ResourceError(f"{target}: cannot be written: {error}") from error
+        flush(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        source.files.close()
-    return open_bundle(target)
 
 
 def _write(bundle: Bundle, name: str, path: Path) -> None:
@@ -99,10 +127,10 @@ def _write(bundle: Bundle, name: str, path: Path) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     with os.fdopen(handle, "wb") as file, memoryview(bundle.files.view(name)) as data:
         for begin in range(0, len(data), _BLOCK):
-            block = data[begin : begin + _BLOCK]
-            digest.update(block)
-            file.write(block)
-            block.release()
+            # released where writing fails too: else the archive could not be closed
+            with data[begin : begin + _BLOCK] as block:
+                digest.update(block)
+                file.write(block)
         file.flush()
         os.fsync(file.fileno())
     if entry is not None and digest.hexdigest() != entry.sha256:  # the manifest is in no list

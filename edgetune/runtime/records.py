@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from edgetune.errors import ConfigError, EdgetuneError
 
 T = TypeVar("T")
+_LONGEST_WORD = 200
 
 
 def from_mapping(
@@ -72,6 +73,8 @@ def nearest(
     names = sorted(known)
     if aliases and word in aliases:
         return f"; did you mean {aliases[word]!r}?"
+    if len(word) > _LONGEST_WORD:  # difflib takes seconds for megabytes
+        return f"; known: {', '.join(names)}"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"

@@ -201,7 +201,7 @@ REFUSED = {
     "a file's comment": (lambda: zipped({a_comment(): b"x"}), "has a comment"),
     "a link": (lambda: zipped({"manifest.json": b"{}", a_link(): b"/etc/passwd"}),
                "is no plain file"),
-    "a folder": (lambda: zipped({"a/": b""}), "is no plain file|has no file manifest"),
+    "a folder": (lambda: zipped({"a/": b""}), "is no name of a bundle's file"),
     "two of a name": (lambda: twice(zipped(PLAIN)), "is there twice"),
     "overlapping files": (
         lambda: shifted(zipped(PLAIN)), "has two names|no file, or of two|differ",

@@ -44,7 +44,7 @@ def open_task(bundle: Bundle) -> DeviceTask:
     """
     name = bundle.manifest.task
     if name not in TASKS:
-        raise IntegrityError(f"the manifest names task {name!r}{nearest(name, TASKS)}")
+        raise IntegrityError(f"the manifest names task {name!r:.200}{nearest(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
     task: DeviceTask = getattr(importlib.import_module(module), attribute)(bundle)
     return task

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class TextClassification:
 
         Raises:
             DataError: `sample` is no string, or one that is no Unicode text.
+            IntegrityError: the bundle's tokenizer fails on it.
         """
         if not isinstance(sample, str):
             raise DataError(f"expected a string, got {type(sample).__name__}")
@@ -55,7 +56,10 @@ class TextClassification:
             sample.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{sample!r:.80}: is no Unicode text: {error.reason}") from error
-        ids = np.array(self._tokenizer.encode(sample).ids, np.int64)
+        try:
+            ids = np.array(self._tokenizer.encode(sample).ids, np.int64)
+        except BaseException as error:
+            raise_of_tokenizers(error, f"the bundle's tokenizer fails on {sample!r:.80}")
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def group(self, encoded: dict[str, Any]) -> Hashable:
@@ -100,8 +104,18 @@ def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
         raise ConfigError(f"tokenizers is there but cannot be imported: {error}") from error
     try:
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise IntegrityError(f"{where}: is no tokenizer: {error}") from error
-    tokenizer.enable_truncation(max_length)
-    tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+        tokenizer.no_padding()
+    except BaseException as error:
+        raise_of_tokenizers(error, f"{where}: is no tokenizer")
     return tokenizer
+
+
+def raise_of_tokenizers(error: BaseException, what: str) -> NoReturn:
+    """Raise `IntegrityError` for an error of tokenizers, and any other as it is.
+
+    tokenizers raises bare Exception; a panic of its Rust comes as a BaseException.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    raise IntegrityError(f"{what}: {' '.join(str(error).split()):.200}") from error
