@@ -8,16 +8,15 @@ import numpy as np
 
 from edgetune.errors import IntegrityError
 from edgetune.runtime.bundle import GOLDENS_NAME, Bundle
+from edgetune.runtime.tasks import DeviceTask
 
 # of the file, and of all arrays together, once they are unpacked
 MAX_BYTES = 2**28
 MAX_ARRAYS = 4096
-# other tasks take a string for the path of a file, and a bundle names no files but its own
-TEXT_TASKS = frozenset({"text-classification"})
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def read_goldens(bundle: Bundle) -> tuple[list[Any], Any]:
+def read_goldens(bundle: Bundle, task: DeviceTask) -> tuple[list[Any], Any]:
     """Return raw samples (str, or uint8 pixels) and the logits, float32 (samples, labels).
 
     Raises:
@@ -36,24 +35,16 @@ def read_goldens(bundle: Bundle) -> tuple[list[Any], Any]:
     except Exception as error:  # zipfile and zlib have errors of their own, numpy passes them on
         reason = str(error).split(". ")[0]  # numpy goes on to say how to load a pickle
         raise IntegrityError(f"{where}: cannot be read: {reason:.200}") from error
-    texts = bundle.manifest.task in TEXT_TASKS
     for array in (logits, *samples):
         if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no array
             raise IntegrityError(f"{where}: cannot be read: holds what is no array")
-    for number, sample in enumerate(samples):
-        if (sample.ndim, sample.dtype.kind) != ((0, "U") if texts else (3, "u")):
-            raise IntegrityError(
-                f"{where}: expected input_{number} to be {'a string' if texts else 'pixels'}, got"
-                f" an array of shape {sample.shape}, {sample.dtype!s:.80}"
-            )
     expected = (len(samples), len(bundle.manifest.labels))
     if logits.shape != expected or logits.dtype != np.float32:
         raise IntegrityError(
             f"{where}: expected logits of shape {expected}, float32; got {logits.shape},"
             f" {logits.dtype!s:.80}"
         )
-    # a text travels as a 0-d array of str
-    return [s.item() if s.ndim == 0 else s for s in samples], logits
+    return [task.golden(sample, f"{where}: input_{i}") for i, sample in enumerate(samples)], logits
 
 
 def _check_archive(data: bytes) -> None:

@@ -216,7 +216,7 @@ class EdgeModel:
         """Return the raw samples of the bundle's self-test."""
         from edgetune.runtime.goldens import read_goldens  # a start reads none
 
-        return read_goldens(self.bundle)[0]
+        return read_goldens(self.bundle, self.task)[0]
 
     def self_test(self) -> float:
         """Replay the goldens and return the largest difference of a logit.
@@ -226,7 +226,7 @@ class EdgeModel:
         """
         from edgetune.runtime.goldens import read_goldens
 
-        samples, expected = read_goldens(self.bundle)
+        samples, expected = read_goldens(self.bundle, self.task)
         tolerance = self.manifest.goldens.tolerance
         worst = 0.0
         for number, (sample, stored) in enumerate(zip(samples, expected, strict=True)):

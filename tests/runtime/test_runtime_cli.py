@@ -268,3 +268,12 @@ def test_serve_answers_each_line_before_it_reads_the_next(word_bundle):
 
 def test_serve_ends_with_its_input(rt, word_bundle):
     assert answers(rt("serve-stdin", word_bundle)) == []
+
+
+def test_what_could_steer_a_terminal_is_shown_escaped(rt, word_bundle, seal):
+    seal(word_bundle, name="\x1b]0;mine\a", labels=("neg\x1b[2J", "positive"))
+    done = rt("info", word_bundle)
+    assert b"\x1b" not in done.stdout
+    assert rb"neg\x1b[2J, positive" in done.stdout
+    assert rt("run", word_bundle, "bad").stdout == b"neg\\x1b[2J\t0.7311\tbad\n"
+    assert rb"\x1b" in rt("verify", word_bundle.parent / "\x1b[2J").stderr

@@ -263,7 +263,7 @@ def test_a_string_in_the_goldens_of_images_is_no_path(color_bundle, seal):
     secret.write_bytes(b"not to be opened")
     model = with_goldens(color_bundle, seal, {**GOOD, "input_0.npy": np.array(str(secret))})
     for read in (model.self_test, model.goldens):
-        with pytest.raises(IntegrityError, match="expected input_0 to be pixels, got"):
+        with pytest.raises(IntegrityError, match="input_0: expected pixels, got"):
             read()
 
 
@@ -272,7 +272,7 @@ def test_a_string_in_the_goldens_of_images_is_no_path(color_bundle, seal):
     [
         ({**GOOD, "input_0.npy": b"hello"}, "holds what is no array"),
         ({**GOOD, "logits.npy": b"hello"}, "holds what is no array"),
-        ({**GOOD, "input_0.npy": np.zeros((1, 1), np.uint8)}, "expected input_0 to be pixels"),
+        ({**GOOD, "input_0.npy": np.zeros((1, 1), np.uint8)}, "input_0: expected pixels"),
         ({**GOOD, **{f"a{i}.npy": b"" for i in range(5000)}}, "more than 4096 arrays"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgetune.errors import DataError, GateError
+from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import JSON
 from edgetune.runtime.records import to_mapping
 from edgetune.runtime.watch import Summary, read_watch, summarize
@@ -33,7 +34,9 @@ def command(path: Path, bundle: Path | None, fail_on_alarm: bool, as_json: bool)
     if as_json:
         click.echo(json.dumps([to_mapping(s) for s in summaries], indent=2, ensure_ascii=False))
     else:
-        click.echo("\n\n".join(_text(summary, shares) for summary in summaries))
+        for number, summary in enumerate(summaries):
+            for line in [*[""] * (number > 0), *_text(summary, shares).splitlines()]:
+                click.echo(printable(line))
     last = summaries[-1]
     if fail_on_alarm and last.drift_since is not None:
         raise GateError(f"the inputs have drifted since {_when(last.drift_since)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from edgetune.runtime.bundle import open_bundle
+from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import BUNDLE, JSON
 from edgetune.runtime.records import to_mapping
 
@@ -41,4 +42,4 @@ def command(bundle: Path, as_json: bool) -> None:
         rows["overrides"] = ", ".join(manifest.overrides)
     width = max(map(len, rows))
     for name, value in rows.items():
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(printable(f"{name:<{width}}  {value}"))

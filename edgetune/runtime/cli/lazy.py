@@ -50,6 +50,13 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def printable(text: str) -> str:
+    """Return `text` with what is no letter, sign or space escaped: it could steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def run_command_line(group: click.Group) -> None:
     """Run a command line; an edgetune error becomes one line and its exit code."""
     # a path or label that the terminal's encoding lacks is shown escaped
@@ -64,9 +71,9 @@ def run_command_line(group: click.Group) -> None:
         click.echo("stopped", err=True)
         sys.exit(130)
     except EdgetuneError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         # disk, device or network; where the code knew better it raised an error of its own
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(ResourceError.exit_code)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.lines import lines
 from edgetune.runtime.cli.options import ALL_SCORES, BUNDLE, JSON, WATCH
 from edgetune.runtime.records import to_mapping
@@ -29,10 +30,10 @@ def command(
             if as_json:
                 click.echo(json.dumps({"input": sample, **to_mapping(result)}, ensure_ascii=False))
                 continue
-            click.echo(f"{result.label}\t{result.score:.4f}\t{sample}")
+            click.echo(f"{printable(result.label)}\t{result.score:.4f}\t{printable(sample)}")
             if result.scores:
                 for label, score in sorted(result.scores.items(), key=lambda item: -item[1]):
-                    click.echo(f"    {label}\t{score:.4f}")
+                    click.echo(f"    {printable(label)}\t{score:.4f}")
 
 
 def _samples(inputs: tuple[str, ...]) -> Iterator[str]:

@@ -23,6 +23,9 @@ class DeviceTask(Protocol):
     def is_many(self, value: Any) -> bool:
         """Say whether `value` is a sequence of samples rather than one."""
 
+    def golden(self, array: Any, where: str) -> Any:
+        """Return the raw sample that a golden's array holds; `where` names it in an error."""
+
     def encode(self, sample: Any) -> dict[str, Any]:
         """Turn one raw sample into the graph's input arrays."""
 

@@ -34,13 +34,17 @@ def softmax(logits: FloatArray) -> FloatArray:
 
 
 def classify(
-    logits: FloatArray, labels: Sequence[str], *, all_scores: bool
+    logits: FloatArray | None, labels: Sequence[str], *, all_scores: bool
 ) -> list[Classification]:
     """Turn logits, shape (batch, labels), into one `Classification` a row.
+
+    None stands for a graph that gives no logits.
 
     Raises:
         IntegrityError: the graph does not give one number, and a finite one, for each label.
     """
+    if logits is None:
+        raise IntegrityError("the graph has no output named logits")
     if logits.ndim != 2 or logits.shape[1] != len(labels):
         raise IntegrityError(
             f"expected the graph to give a logit for each of {len(labels)} labels, got an array"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.errors import DataError, MissingExtraError
+from edgetune.errors import DataError, IntegrityError, MissingExtraError
 from edgetune.runtime.bundle import Bundle
 from edgetune.runtime.tasks.classification import Classification, classify
 
@@ -33,6 +33,17 @@ class ImageClassification:
         """Say whether `value` is a list of images or a 4-D array rather than one image."""
         return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4
 
+    def golden(self, array: Any, where: str) -> Pixels:
+        """Return pixels; a string, which would be a path, is none.
+
+        Raises:
+            IntegrityError: it is another array than uint8 of shape (height, width, 3).
+        """
+        if array.ndim != 3 or array.dtype != np.uint8:
+            found = f"{array.dtype!s:.80} {array.shape}"
+            raise IntegrityError(f"{where}: expected pixels, got an array of {found}")
+        return np.ascontiguousarray(array)
+
     def encode(self, sample: Any) -> dict[str, Any]:
         """Return the pixels, uint8, shape (height, width, 3); see `decode_image`."""
         return {"image": decode_image(sample)}
@@ -50,7 +61,7 @@ class ImageClassification:
 
     def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
         """Return one `Classification` a sample."""
-        return classify(outputs["logits"], self.labels, all_scores=all_scores)
+        return classify(outputs.get("logits"), self.labels, all_scores=all_scores)
 
 
 def decode_image(source: Any) -> Pixels:

@@ -43,6 +43,17 @@ class TextClassification:
         """Say whether `value` is a list of strings rather than one."""
         return isinstance(value, list | tuple)
 
+    def golden(self, array: Any, where: str) -> str:
+        """Return the text in a 0-d array of str.
+
+        Raises:
+            IntegrityError: it is another array.
+        """
+        if array.ndim or array.dtype.kind != "U":
+            found = f"{array.dtype!s:.80} {array.shape}"
+            raise IntegrityError(f"{where}: expected a string, got an array of {found}")
+        return str(array.item())
+
     def encode(self, sample: Any) -> dict[str, Any]:
         """Return token ids and mask, int64, shape (tokens,).
 
@@ -80,7 +91,7 @@ class TextClassification:
 
     def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
         """Return one `Classification` a sample."""
-        return classify(outputs["logits"], self.labels, all_scores=all_scores)
+        return classify(outputs.get("logits"), self.labels, all_scores=all_scores)
 
 
 def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
