@@ -19,7 +19,8 @@ Medians over fresh processes that take turns. *load* is the making of the sessio
 first run, *p50* one run in a warm process, *CPU* the CPU time of one such run with 20 ms of sleep
 after each (a spinning thread goes on burning meanwhile). *peak* is the process's, Python, numpy and
 onnxruntime included. *shared* is how much of that a second process that opens the same bundle does
-not need again: mapped pages of the weights' file (`Rss` in `/proc/self/smaps`)."""
+not need again: mapped pages of the weights' file (`Rss` in `/proc/self/smaps`). The zip's *load*
+includes what `edgetune` does before: directory, manifest, hashes, the graph's places."""
 # name -> what is different from the way that bundles are opened
 WAYS = {
     "as bundles are opened": {},
