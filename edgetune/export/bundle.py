@@ -28,8 +28,7 @@ from edgetune.export.search import Budgets, check_allowed
 from edgetune.export.summary import search_report
 from edgetune.export.workshop import Say, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
-from edgetune.runtime.bundle import open_bundle
-from edgetune.runtime.drift import DRIFT_NAME
+from edgetune.runtime.bundle import DRIFT_NAME, open_bundle
 from edgetune.runtime.model import EdgeModel
 from edgetune.tasks.paired import Comparison
 from edgetune.train.run import Run, open_run, run_dataset

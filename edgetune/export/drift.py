@@ -22,9 +22,9 @@ import numpy.typing as npt
 from edgetune.data import Split
 from edgetune.errors import ConfigError
 from edgetune.export.workshop import spread
+from edgetune.runtime.bundle import DRIFT_NAME
 from edgetune.runtime.drift import (
     CLASSES,
-    DRIFT_NAME,
     Baseline,
     FloatArray,
     IntArray,

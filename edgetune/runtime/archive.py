@@ -8,6 +8,7 @@ could understand differently, and nothing that grows when it is read.
 Format: APPNOTE.TXT of PKWARE, 4.3.7 (local header), 4.3.12 (directory), 4.3.16 (its end).
 """
 
+import contextlib
 import mmap
 import os
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.errors import IntegrityError, ResourceError
+from edgetune.errors import EdgetuneError, IntegrityError, ResourceError
 from edgetune.runtime.bundle import open_plain
 from edgetune.runtime.manifest import FILE_NAME
 
@@ -83,6 +84,8 @@ class Archive:
     def view(self, name: str) -> memoryview:
         """Return a file's bytes, not copied; release it before `close`."""
         member = self.members[name]
+        if self._bytes.closed:
+            raise EdgetuneError(f"{self.where}: was closed")
         return memoryview(self._bytes)[member.offset : member.offset + member.size]
 
     def check_unchanged(self) -> None:
@@ -99,8 +102,9 @@ class Archive:
             raise IntegrityError(f"{self.where}: was replaced while it was being opened; try again")
 
     def close(self) -> None:
-        """Unmap it."""
-        self._bytes.close()
+        """Unmap it; where a view is still in use, with the last of them."""
+        with contextlib.suppress(BufferError):
+            self._bytes.close()
 
 
 def write_archive(path: Path, files: Mapping[str, Path]) -> None:

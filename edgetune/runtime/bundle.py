@@ -26,6 +26,7 @@ GRAPH_NAME = "model.onnx"
 WEIGHTS_NAME = "weights.bin"
 GOLDENS_NAME = "goldens.npz"
 TOKENIZER_NAME = "tokenizer.json"
+DRIFT_NAME = "drift.npz"
 # a file that is read as a whole is no larger, nor are all together that opening hashes; weights
 # are mapped, not read
 MAX_READ_BYTES = 2**30
@@ -291,7 +292,7 @@ def _read_manifest(path: Path) -> Bundle:
 
         files = archive.Archive(path)
     else:
-        raise IntegrityError(f"{path}: expected a bundle's folder or zip, found none")
+        raise ConfigError(f"{path}: expected a bundle's folder or zip, found none")
     size = files.size(MANIFEST_NAME)
     if size is None:
         raise IntegrityError(f"{path}: is no bundle: it has no file {MANIFEST_NAME}")

@@ -16,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.errors import IntegrityError
+from edgetune.runtime.bundle import DRIFT_NAME, Bundle
+from edgetune.runtime.npz import load_arrays
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-DRIFT_NAME = "drift.npz"
+# of all its arrays; the exporter writes about a hundred KiB
+MAX_BYTES = 2**24
+MAX_WINDOW = 4096
 SCHEMA_VERSION = 1
 # of the inputs; these alarm together at the stated rate
 MEAN, INSIDE, OUTSIDE, DOUBT, SCORES = "mean", "inside", "outside", "doubt", "scores"
@@ -223,18 +227,38 @@ def read_baseline(data: bytes, *, where: str) -> Baseline:
         IntegrityError: they are none, or of an unknown version.
     """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = load_arrays(data, MAX_BYTES)
         version = int(arrays["version"])
         baseline = _baseline(arrays) if version == SCHEMA_VERSION else None
     except KeyError as error:
         raise IntegrityError(f"{where}: is no drift baseline: it lacks {error}") from error
-    except Exception as error:  # zipfile and zlib have errors of their own, numpy passes them on
-        reason = str(error).split(". ")[0]
-        raise IntegrityError(f"{where}: is no drift baseline: {reason}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise IntegrityError(f"{where}: is no drift baseline: {error!s:.200}") from error
     if baseline is None:
         raise IntegrityError(
             f"{where}: drift baseline of version {version}; this edgetune reads {SCHEMA_VERSION}"
+        )
+    return baseline
+
+
+def bundle_baseline(bundle: Bundle) -> Baseline | None:
+    """Return the baseline that a bundle carries; None if it carries none.
+
+    Raises:
+        IntegrityError: it can't be read, or is another graph's.
+    """
+    manifest = bundle.manifest
+    if DRIFT_NAME not in manifest.files:
+        return None
+    where = f"{bundle.where}: {DRIFT_NAME}"
+    baseline = read_baseline(bundle.read(DRIFT_NAME), where=where)
+    shapes = {spec.name: spec.shape for spec in manifest.outputs}
+    given = shapes.get("features", ())[-1:]
+    wanted = baseline.space.mean.shape if baseline.space else given
+    if len(baseline.shares) != len(manifest.labels) or wanted != given:
+        raise IntegrityError(
+            f"{where}: is of {len(baseline.shares)} labels and {wanted} features; the graph has"
+            f" {len(manifest.labels)} and {given}"
         )
     return baseline
 
@@ -260,15 +284,21 @@ def _baseline(arrays: Mapping[str, npt.NDArray[Any]]) -> Baseline:
         raise ValueError(f"thresholds of {', '.join(names)}, expected of {', '.join(measured)}")
     thresholds = _real(arrays, "thresholds", (len(measured),))
     window = int(arrays["window"])
-    if window < 1:
-        raise ValueError(f"a window of {window}")
+    if not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"a window of {window}, allowed 1 to {MAX_WINDOW}")
+    false_alarms = float(arrays["false_alarms"])
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"a share of {false_alarms} false alarms")
+    edges = _real(arrays, "edges", (bins - 1,))
+    if (np.diff(edges) < 0).any():
+        raise ValueError("edges that do not ascend")
     return Baseline(
         window=window,
         samples=int(arrays["samples"]),
-        false_alarms=float(arrays["false_alarms"]),
+        false_alarms=false_alarms,
         doubts=_read_means(arrays, "doubts", classes, 1),
         doubt_spread=float(_real(arrays, "doubt_spread", (), positive=True)),
-        edges=_real(arrays, "edges", (bins - 1,)),
+        edges=edges,
         bins=_read_means(arrays, "bins", classes, bins),
         shares=_real(arrays, "shares", (classes,), positive=True),
         space=space,
@@ -287,9 +317,12 @@ def _dump_means(name: str, means: Means) -> dict[str, Any]:
 def _read_means(
     arrays: Mapping[str, npt.NDArray[Any]], name: str, classes: int, width: int
 ) -> Means:
+    counts = _real(arrays, f"{name}_counts", (classes,))
+    if (counts < 0).any():
+        raise ValueError(f"{name}_counts: less than nothing")
     return Means(
         values=_real(arrays, name, (classes, width)),
-        counts=_real(arrays, f"{name}_counts", (classes,)),
+        counts=counts,
         pull=float(_real(arrays, f"{name}_pull", (), positive=True)),
     )
 

@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +34,17 @@ def replace_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         flush(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResourceError(f"{path}: cannot be written: {error}") from error
+    finally:  # of an error, or a Ctrl-C
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def flush(path: Path) -> None:
     """Force a file's or a folder's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no way to, and needs none
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -40,6 +40,8 @@ _KEY = b"location"
 _KEYS = frozenset({_KEY, b"offset", b"length", b"checksum"})
 # onnxruntime takes bytes with this at place 4 for its own format, whatever else they are
 _ORT_FORMAT = b"ORTM"
+# a node of this type names a file, or holds a binary, that a provider runs as it is
+_COMPILED = b"EPContext"
 _MAX_DEPTH = 64
 
 
@@ -64,6 +66,8 @@ def check_graph(bundle: Bundle, name: str) -> None:
     try:
         if data[4:8] == _ORT_FORMAT:
             raise ValueError("it is in onnxruntime's own format")
+        if _COMPILED in data:
+            raise ValueError("it holds code compiled for an execution provider")
         places, domains, extras = external_places(data), operator_domains(data), _extras(data)
     except ValueError as error:
         raise IntegrityError(f"{where}: is no ONNX graph: {error}") from error

@@ -1,5 +1,6 @@
 """EdgeModel: load a bundle, predict."""
 
+import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from edgetune.errors import EdgetuneError, IntegrityError
+from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityError
 from edgetune.runtime.bundle import GRAPH_NAME, Bundle, open_bundle, verify_files
 from edgetune.runtime.graph import check_graph
 from edgetune.runtime.manifest import TensorSpec
@@ -45,6 +46,7 @@ class EdgeModel:
         self._check_names("outputs", self.manifest.outputs, self._session.get_outputs())
         self._executor: ThreadPoolExecutor | None = None
         self._watch = watch
+        self._closing = threading.Lock()
 
     @classmethod
     def load(
@@ -74,16 +76,23 @@ class EdgeModel:
             ConfigError: this onnxruntime cannot run it, or an extra is not installed.
             ResourceError: a file cannot be read.
         """
+        if check not in ("quick", "full"):
+            raise ConfigError(f"check: expected 'quick' or 'full', got {check!r}")
+        if keep_inputs and watch is None:
+            raise ConfigError("keep_inputs: there is no watch to keep them in; name its folder")
         bundle = open_bundle(path)
-        if check == "full":
-            verify_files(bundle)
-        if watch is None:
-            return cls(bundle, threads=threads)
-        from edgetune.runtime.watch import Watch  # most models are not watched
+        try:
+            if check == "full":
+                verify_files(bundle)
+            if watch is None:
+                return cls(bundle, threads=threads)
+            from edgetune.runtime.watch import Watch  # most models are not watched
 
-        return cls(
-            bundle, threads=threads, watch=Watch.open(watch, bundle, keep_inputs=keep_inputs)
-        )
+            noting = Watch.open(watch, bundle, keep_inputs=keep_inputs)
+            return cls(bundle, threads=threads, watch=noting)
+        except BaseException:
+            bundle.files.close()
+            raise
 
     def __enter__(self) -> Self:
         """Return the model."""
@@ -98,13 +107,19 @@ class EdgeModel:
 
         What was watched and not written yet is written.
         """
-        executor, self._executor = self._executor, None
+        with self._closing:
+            executor, self._executor = self._executor, None
+            session, self._session = self._session, None
         if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
-        self._session = None
+            executor.shutdown(wait=True)  # what waits there is told that the model was closed
+        del session
+        self.flush_watch()
+        self.bundle.files.close()
+
+    def flush_watch(self) -> None:
+        """Write what was watched and not written yet."""
         if self._watch is not None:
             self._watch.close()
-        self.bundle.files.close()
 
     @property
     def session(self) -> Any:
@@ -152,29 +167,44 @@ class EdgeModel:
     ) -> Iterator[Any]:
         """Yield the result for each sample, in order, while the next ones are being decoded.
 
-        A thread takes samples and decodes them ahead of the session, `queue_size` at most, so
-        that a source is not read faster than it is answered. It ends with the generator.
+        A thread takes samples and decodes them, no more than `queue_size` beyond the one that is
+        being answered. It ends with the generator.
 
         Args:
             samples: any iterable: frames of a camera, lines of a file.
             all_scores: give the probability of every label too.
-            queue_size: how many decoded samples may wait.
+            queue_size: how many samples may be taken ahead.
             errors: "raise" ends the stream with the first sample that can't be answered;
                 "return" yields its `EdgetuneError` in its place and goes on.
 
         Raises:
             DataError: a sample is not what the task takes.
         """
+        if queue_size < 1:
+            raise ConfigError(f"queue_size: expected 1 or more, got {queue_size}")
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors: expected 'raise' or 'return', got {errors!r}")
+        if isinstance(samples, str | bytes):
+            raise DataError("expected samples to iterate over, got one; that is what predict takes")
+        return self._stream(samples, all_scores, queue_size, errors == "raise")
+
+    def _stream(
+        self, samples: Iterable[Any], all_scores: bool, queue_size: int, raises: bool
+    ) -> Iterator[Any]:
         from edgetune.runtime.stream import ahead  # most programs stream nothing
 
-        with ahead(self.task.encode, samples, queue_size) as encoded:
+        def encode(sample: Any) -> tuple[Any, dict[str, Any]]:
+            return sample, self.task.encode(sample)
+
+        with ahead(encode, samples, queue_size) as encoded:
             for item in encoded:
                 try:
                     if isinstance(item, EdgetuneError):
                         raise item
-                    result = self._answer([item], (), all_scores, None)[0]
+                    raw, arrays = item
+                    result = self._answer([arrays], [raw], all_scores, None)[0]
                 except EdgetuneError as error:
-                    if errors == "raise":
+                    if raises or self._session is None:
                         raise
                     result = error
                 yield result
@@ -182,7 +212,7 @@ class EdgeModel:
     async def apredict(
         self, value: Any, *, all_scores: bool = False, timeout: float | None = None
     ) -> Any:
-        """Return what `predict` does, without blocking the event loop.
+        """Return what `predict` does, without blocking the event loop; `close` blocks it.
 
         Calls are answered one after the other, in a thread of the model's own. A call that is
         cancelled stops its session run, or is taken out of the queue.
@@ -190,22 +220,32 @@ class EdgeModel:
         import asyncio  # most programs need neither
         from concurrent.futures import ThreadPoolExecutor
 
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="edgetune")
         limit = RunLimit(timeout)
 
         def call() -> Any:
-            with limit:
-                return self._predict(value, all_scores, limit)
+            limit.check()
+            return self._predict(value, all_scores, limit)
 
+        with self._closing:  # so that no thread is made that nobody ends
+            self.session  # noqa: B018 - says that the model was closed
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="edgetune")
+            future = asyncio.get_running_loop().run_in_executor(self._executor, call)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+            with limit:  # what is waited for in the queue counts
+                return await future
         except asyncio.CancelledError:
             limit.stop()
             raise
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the graph on its own arrays (with batch axis) and return its outputs by name."""
+        """Run the graph on its own arrays (with batch axis) and return its outputs by name.
+
+        Raises:
+            DataError: `inputs` is no table of name -> array.
+        """
+        if not isinstance(inputs, Mapping):
+            raise DataError(f"expected a table of name -> array, got {type(inputs).__name__}")
         return self._run(inputs, None)
 
     def outputs(self, sample: Any) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def open_session(
     """
     settings = bundle.manifest.session
     count = settings.intra_op_threads if threads is None else threads
-    if not 1 <= count <= MAX_THREADS:
-        raise ConfigError(f"threads: expected 1 to {MAX_THREADS}, got {count}")
+    if type(count) is not int or not 1 <= count <= MAX_THREADS:
+        raise ConfigError(f"threads: expected 1 to {MAX_THREADS}, got {count!r}")
     available = onnxruntime.get_available_providers()
     providers = [p for p in settings.execution_providers if p in available]
     if not providers:
@@ -73,7 +73,7 @@ def open_session(
     options.intra_op_num_threads = count
     options.inter_op_num_threads = 1
     options.graph_optimization_level = _LEVELS[settings.graph_optimization]
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, and told once
     options.enable_cpu_mem_arena = settings.arena
     if profile is not None:
         options.enable_profiling = True
@@ -162,8 +162,8 @@ class RunLimit:
         Raises:
             ConfigError: `seconds` is not above 0.
         """
-        if seconds is not None and not seconds > 0:
-            raise ConfigError(f"timeout: expected more than 0 seconds, got {seconds:g}")
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise ConfigError(f"timeout: expected more than 0 seconds, got {seconds!r}")
         self.seconds = seconds
         self.options = onnxruntime.RunOptions()
         self._stopped = False

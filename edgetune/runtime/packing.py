@@ -42,6 +42,8 @@ def pack(bundle: str | Path, output: str | Path) -> Bundle:
         there = target.exists()
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written: {error}") from error
+    if source.folder.resolve() in target.resolve().parents:
+        raise ConfigError(f"output {target}: lies in the bundle itself; name a file elsewhere")
     if there:
         raise ConfigError(f"output {target}: exists already; name another file")
     rest = sorted(source.manifest.files, key=lambda name: (name == WEIGHTS_NAME, name))

@@ -1,4 +1,4 @@
-"""Work done ahead of its consumer: one thread, a bounded queue, order kept."""
+"""Work done ahead of its consumer: one thread, so much and no more, order kept."""
 
 import queue
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from edgetune.errors import ConfigError, EdgetuneError
+from edgetune.errors import EdgetuneError
 
 T = TypeVar("T")
 # how often a thread that waits for room looks whether anybody still wants it
@@ -23,44 +23,54 @@ def ahead(
     source, is raised when its turn comes. When the context ends, so does the thread: at once,
     or, where it waits for the source, with the source's next item.
 
-    Raises:
-        ConfigError: `queue_size` is less than 1.
+    Args:
+        work: done in the thread.
+        source: what it is done to.
+        queue_size: how many items may be taken ahead of the one that the consumer has.
     """
-    if queue_size < 1:
-        raise ConfigError(f"queue_size: expected 1 or more, got {queue_size}")
-    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(queue_size)
+    waiting: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    room = threading.Semaphore(queue_size)
     ended = threading.Event()
 
-    def put(kind: str, value: Any) -> None:
-        while not ended.is_set():
+    def taken() -> Iterator[Any]:
+        """Yield the source's items, each when there is room for it and not before."""
+        items = iter(source)
+        while True:
+            while not room.acquire(timeout=POLL_S):
+                if ended.is_set():
+                    return
+            if ended.is_set():
+                return
             try:
-                waiting.put((kind, value), timeout=POLL_S)
-            except queue.Full:
-                continue
-            return
+                item = next(items)
+            except StopIteration:
+                return
+            yield item
 
     def produce() -> None:
         try:
-            for item in source:
-                if ended.is_set():
-                    return
+            for item in taken():
                 try:
                     made: Any = work(item)
                 except EdgetuneError as error:
                     made = error
-                put("item", made)
+                waiting.put(("item", made))
         except BaseException as error:  # the source's own: the consumer's business
-            put("error", error)
+            waiting.put(("error", error))
         else:
-            put("end", None)
+            waiting.put(("end", None))
 
     def consume() -> Iterator[T | EdgetuneError]:
         while True:
-            kind, value = waiting.get()
+            try:
+                kind, value = waiting.get(timeout=POLL_S)  # so that Ctrl-C is seen on Windows
+            except queue.Empty:
+                continue
             if kind == "error":
                 raise value
             if kind == "end":
                 return
+            room.release()
             yield value
 
     thread = threading.Thread(target=produce, name="edgetune-stream", daemon=True)

@@ -6,6 +6,7 @@ power cut tore is skipped when read. Nothing of the inputs is stored unless it i
 nothing is sent. A disk that is full or can't be written never stops a prediction.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from edgetune.errors import ConfigError, DataError, IntegrityError
 from edgetune.runtime.bundle import Bundle
-from edgetune.runtime.drift import CLASSES, DRIFT_NAME, Baseline, read_baseline
+from edgetune.runtime.drift import CLASSES, Baseline, bundle_baseline
 from edgetune.runtime.records import from_mapping, to_mapping
 
 FILE_NAME = "telemetry.jsonl"
@@ -42,6 +43,8 @@ MAX_INPUT_CHARACTERS = 500
 # drift rather than of the alarms that come by chance
 RECENT_WINDOWS = 10
 IMPROBABLE = 1e-3
+# seconds since 1970: the year 9000
+LATEST = 2.2e11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,25 +133,12 @@ class Watch:
 
         Raises:
             IntegrityError: its baseline can't be read or is another graph's.
+            ConfigError: `path` is neither a folder nor a .jsonl file, and can't become one.
         """
-        manifest = bundle.manifest
-        baseline = None
-        if DRIFT_NAME in manifest.files:
-            where = f"{manifest.name}: {DRIFT_NAME}"
-            baseline = read_baseline(bundle.read(DRIFT_NAME), where=where)
-            given = {spec.name: spec.shape[-1] for spec in manifest.outputs}
-            width = baseline.space.mean.shape[0] if baseline.space else None
-            if len(baseline.shares) != len(manifest.labels) or width not in (
-                None,
-                given.get("features"),
-            ):
-                raise IntegrityError(
-                    f"{where}: is of {len(baseline.shares)} labels and {width} features; the graph"
-                    f" has {len(manifest.labels)} and {given.get('features')}"
-                )
-        return cls(
-            path, manifest.digest, manifest.labels, baseline=baseline, keep_inputs=keep_inputs
-        )
+        _check_place(watch_file(path))
+        baseline = bundle_baseline(bundle)
+        digest, labels = bundle.manifest.digest, bundle.manifest.labels
+        return cls(path, digest, labels, baseline=baseline, keep_inputs=keep_inputs)
 
     def record(
         self,
@@ -165,7 +155,9 @@ class Watch:
             seconds: that the graph's call took.
             inputs: the samples, of which some are stored where that was asked for.
         """
-        features = outputs["features"] if self._wide else None
+        features = outputs.get("features") if self._wide else None
+        if self._wide and (features is None or features.shape != (len(results), self._wide)):
+            raise IntegrityError(f"the graph gives no features of width {self._wide}")
         due = []
         with self._collecting:
             now = self._clock()
@@ -187,7 +179,8 @@ class Watch:
                     due.append((line, window, window.count, now))
                     line = self._line = _Line(start=now)
                     window = self._window = _Window(self._size, self._wide)
-            if now - line.start >= self._flush and window.count > line.first:
+            # a clock that was set back has no say of how long it has been
+            if not 0 <= now - line.start < self._flush and window.count > line.first:
                 due.append((line, window, window.count, now))
                 self._line = _Line(start=now, first=window.count)
         for one in due:
@@ -197,9 +190,10 @@ class Watch:
         """Write what has not been written yet; more may be recorded after."""
         with self._collecting:
             line, window, now = self._line, self._window, self._clock()
-            self._line = _Line(start=now, first=window.count)
-        if window.count > line.first:
-            self._write(line, window, window.count, now)
+            count = window.count
+            self._line = _Line(start=now, first=count)
+        if count > line.first:
+            self._write(line, window, count, now)
 
     def _write(self, line: "_Line", window: "_Window", last: int, now: float) -> None:
         statistics: dict[str, float] | None = None
@@ -269,6 +263,21 @@ def watch_file(path: str | Path) -> Path:
     return path if path.suffix == ".jsonl" else path / FILE_NAME
 
 
+def _check_place(path: Path) -> None:
+    """Make the folder of `path`.
+
+    Raises:
+        ConfigError: a file is in its way, or it can't be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wrong = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"watch: {path.parent}: cannot be a folder: {error}") from error
+    if wrong:
+        raise ConfigError(f"watch: {path}: is a folder; expected a .jsonl file")
+
+
 def _older(path: Path) -> Path:
     return path.with_suffix(".1.jsonl")
 
@@ -320,15 +329,34 @@ def read_watch(path: str | Path, *, bundle: str = "") -> Iterator[WatchLine]:
     found = [file for file in (_older(current), current) if file.is_file()]
     if not found:
         raise DataError(f"{current}: no such file; name the folder that was watched into")
-    for file in found:
-        for line in file.read_bytes().splitlines():
+    # both are opened before one is read: the writer may move them meanwhile
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(file.open("rb")) for file in found]
+        contents = {file: stream.read() for file, stream in zip(found, opened, strict=True)}
+    for file, data in contents.items():
+        for line in data.splitlines():
             try:
                 record = from_mapping(WatchLine, json.loads(line), where=str(file), error=DataError)
             except (ValueError, RecursionError, DataError):
                 continue
-            known = record.version == SCHEMA_VERSION and all(map(str.isdecimal, record.latency))
-            if known and record.bundle.startswith(bundle):
+            if _sound(record) and record.bundle.startswith(bundle):
                 yield record
+
+
+def _sound(line: WatchLine) -> bool:
+    """Say whether a line's numbers are such as `Watch` writes."""
+    buckets = {str(bucket) for bucket in range(LAST_BUCKET + 1)}
+    return (
+        line.version == SCHEMA_VERSION
+        and line.latency.keys() <= buckets
+        and 0 <= line.start < LATEST
+        and 0 <= line.end < LATEST
+        and min(line.latency.values(), default=0) >= 0
+        and min(line.classes.values(), default=0) >= 0
+        and line.predictions >= 0
+        and line.lost >= 0
+        and (line.false_alarms is None or 0 < line.false_alarms < 1)
+    )
 
 
 def latency_bucket(seconds: float) -> int:
@@ -356,7 +384,8 @@ class Summary:
     start, end: seconds since 1970. windows: that were held against the baseline. classes:
     label -> predictions. alarms: statistic -> windows that it alarmed in. expected: windows that
     alarm by chance, of the inputs. drift_since, classes_since: when the alarms began that are too
-    many for chance and go on at the end; None where there are none.
+    many for chance and go on at the end; None where there are none. baseline: the bundle has one,
+    so that its windows can be held against it.
     """
 
     bundle: str
@@ -372,6 +401,7 @@ class Summary:
     alarms: dict[str, int]
     alarmed: int
     expected: float
+    baseline: bool
     drift_since: float | None = None
     drift_statistics: tuple[str, ...] = ()
     classes_since: float | None = None
@@ -405,7 +435,7 @@ def _summary(lines: Sequence[WatchLine]) -> Summary:
         start=min(line.start for line in lines),
         end=lines[-1].end,
         predictions=sum(line.predictions for line in lines),
-        lost=lines[-1].lost,
+        lost=_lost(lines),
         windows=len(windows),
         latency_p50_ms=latency_quantile_ms(latency, 0.50),
         latency_p95_ms=latency_quantile_ms(latency, 0.95),
@@ -414,10 +444,20 @@ def _summary(lines: Sequence[WatchLine]) -> Summary:
         alarms=dict(alarms.most_common()),
         alarmed=sum(any(name != CLASSES for name in line.alarms) for line in windows),
         expected=sum(line.false_alarms or 0.0 for line in windows),
+        baseline=lines[-1].false_alarms is not None,
         drift_since=drift.since,
         drift_statistics=drift.statistics(),
         classes_since=mix.since,
     )
+
+
+def _lost(lines: Sequence[WatchLine]) -> int:
+    """Return how many predictions were lost: each process counts its own, from nothing up."""
+    total = before = 0
+    for line in lines:
+        total += line.lost - before if line.lost >= before else line.lost
+        before = line.lost
+    return total
 
 
 class _Streak:

@@ -31,9 +31,11 @@ static et_status classify(const et_bundle *bundle, size_t width, size_t height, 
 int main(int count, char **arguments) {
     et_error error;
     et_bundle *bundle;
-    long width = count == 4 ? strtol(arguments[2], NULL, 10) : 0;
-    long height = count == 4 ? strtol(arguments[3], NULL, 10) : 0;
-    if (width < 1 || height < 1 || width > 16384 || height > 16384) {
+    char *after_width = "", *after_height = "";
+    long width = count == 4 ? strtol(arguments[2], &after_width, 10) : 0;
+    long height = count == 4 ? strtol(arguments[3], &after_height, 10) : 0;
+    if (width < 1 || height < 1 || width > 16384 || height > 16384 || *after_width ||
+        *after_height) {
         fprintf(stderr, "usage: classify BUNDLE WIDTH HEIGHT (1 to 16384 pixels)\n");
         return ET_CONFIG;
     }

@@ -94,7 +94,7 @@ static et_status contents(const npz_file *file, const char *name, const unsigned
     if (m.flags & 1) return et_fail(error, ET_INTEGRITY, "%s is encrypted", name);
     if (m.method != 0 || m.packed != m.size)
         return et_fail(error, ET_INTEGRITY,
-                       "%s is compressed; write the file with numpy.savez, not savez_compressed",
+                       "%s is compressed, as in bundles of an early edgetune; export it again",
                        name);
     if (m.local > file->size || file->size - m.local < LOCAL_SIZE)
         return et_fail(error, ET_INTEGRITY, "%s lies outside of the file", name);
@@ -193,8 +193,8 @@ static size_t item_size(const char *dtype) {
 
 et_status npz_read(const npz_file *file, const char *name, const char *dtype, npz_array *array,
                    et_error *error) {
-    const unsigned char *bytes;
-    size_t size;
+    const unsigned char *bytes = NULL;
+    size_t size = 0;
     et_status status = contents(file, name, &bytes, &size, error);
     if (status) return status;
     if (size < 12 || memcmp(bytes, "\x93NUMPY", 6) != 0 || bytes[6] < 1 || bytes[6] > 3)

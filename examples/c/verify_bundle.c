@@ -60,7 +60,7 @@ static et_status check_goldens(const et_bundle *bundle, et_error *error) {
 int main(int count, char **arguments) {
     et_error error;
     et_bundle *bundle;
-    if (count != 2) {
+    if (count != 2 || arguments[1][0] == '-') {
         fprintf(stderr, "usage: verify_bundle BUNDLE\n");
         return ET_CONFIG;
     }

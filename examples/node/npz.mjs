@@ -97,7 +97,7 @@ function contents({ bytes, members }, name) {
   if (!member) refuse(`has no ${name}`);
   if (member.flags & 1) refuse(`${name} is encrypted`);
   if (member.method !== 0 || member.packed !== member.size) {
-    refuse(`${name} is compressed; write the file with numpy.savez, not savez_compressed`);
+    refuse(`${name} is compressed, as in bundles of an early edgetune; export it again`);
   }
   if (bytes.readUInt32LE(member.local) !== LOCAL) throw new RangeError();
   const names = bytes.readUInt16LE(member.local + 26) + bytes.readUInt16LE(member.local + 28);

@@ -54,7 +54,7 @@ def test_every_command_has_help(command):
         (["export", "nowhere", "--profile", "raspberry-pi-3"], 2, "did you mean 'raspberry-pi-"),
         (["export", "nowhere", "--max-drop", "7"], 2, "max_drop: expected a share"),
         (["eval", "nowhere"], 2, "nowhere: is no run"),
-        (["bench", "nowhere"], 6, "nowhere: expected a bundle's folder"),
+        (["bench", "nowhere"], 2, "nowhere: expected a bundle's folder"),
         (["demo", "--task", "text"], 2, "no demo for 'text'"),
         (["profiles", "toaster"], 2, "no profile 'toaster'"),
     ],

@@ -19,7 +19,7 @@ from test_runtime_manifest import MANIFESTS, VALUE, resealed
 from tiny_bundles import REPOSITORY
 
 from edgetune.errors import IntegrityError
-from edgetune.runtime import archive, bundle, goldens, graph, manifest, ort
+from edgetune.runtime import archive, bundle, goldens, graph, manifest, npz, ort
 from edgetune.runtime.manifest import SESSION_KEYS, Manifest, dump_manifest, parse_manifest
 from edgetune.runtime.packing import pack
 
@@ -228,7 +228,7 @@ def test_the_limits_are_what_the_page_says():
         "files that opening hashes, together": bundle.MAX_READ_BYTES,
         "all files together": bundle.MAX_BUNDLE_BYTES,
         "`goldens.npz`, and its arrays when unpacked": goldens.MAX_BYTES,
-        "arrays in it": goldens.MAX_ARRAYS,
+        "arrays in it": npz.MAX_ARRAYS,
         "threads": ort.MAX_THREADS,
     }
     assert archive.MAX_FILES == manifest.MAX_FILES + 1

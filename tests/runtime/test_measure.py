@@ -119,7 +119,7 @@ def test_a_limit_out_of_bounds_is_a_config_error(tmp_path, limits, message):
 def test_the_entry_gives_an_error_as_one_line_and_its_exit_code(tmp_path, capsys):
     code = main([str(tmp_path / "absent"), "--runs", "10"])
     out, err = capsys.readouterr()
-    assert code == 6
+    assert code == 2
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -240,7 +240,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_unpacked(color_bundle, tm
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_a_pipe_is_no_bundle_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(IntegrityError, match="found none"):
+    with pytest.raises(ConfigError, match="found none"):
         open_bundle(tmp_path / "pipe")
 
 
@@ -259,3 +259,27 @@ def test_processes_share_the_weights_of_a_zip(tmp_path, word_bundle):
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_bundle_is_not_packed_into_itself(color_bundle):
+    with pytest.raises(ConfigError, match="lies in the bundle itself"):
+        pack(color_bundle, color_bundle / "in.zip")
+    verify_files(open_bundle(color_bundle))
+
+
+def test_an_archive_can_be_closed_while_it_is_read(color_zip):
+    archive = Archive(color_zip)
+    view = archive.view("weights.bin")
+    archive.close()
+    assert len(view) == 36  # unmapped with the last view
+
+
+def test_an_interrupted_pack_leaves_nothing(color_bundle, tmp_path, monkeypatch):
+    def interrupt(path, _):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "write_archive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(color_bundle, tmp_path / "x.zip")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["colors"]

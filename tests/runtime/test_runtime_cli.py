@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from edgetune import __version__
+from edgetune.runtime.bundle import open_bundle
 
 
 @pytest.fixture
@@ -46,7 +48,9 @@ def test_info_says_what_the_bundle_is(rt, color_bundle):
         "task": "image-classification",
         "labels": "3: red, green, blue",
         "precision": "fp32",
-        "profile": "host",
+        "profile": f"host ({platform.machine().lower()})",
+        "drift": "no baseline",
+        "digest": open_bundle(color_bundle).manifest.digest[:12],
         "size": f"{size / 2**20:.1f} MiB in 3 files",
         "onnxruntime": "1.17.0 or newer (opset 17, IR 8)",
         "threads": "1",

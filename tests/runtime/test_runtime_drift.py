@@ -143,6 +143,11 @@ def changed(baseline, **arrays):
         ({"centres": np.zeros((3, 1), np.float32)}, r"centres: expected .* shape \(2, 1\)"),
         ({"statistics": np.array(["mean", "x"])}, "thresholds of mean, x, expected of mean"),
         ({"window": np.array(0)}, "a window of 0"),
+        ({"window": np.array(2**40)}, "a window of 1099511627776, allowed 1 to 4096"),
+        ({"doubts_counts": np.full(2, -4.1, np.float32)}, "doubts_counts: less than nothing"),
+        ({"false_alarms": np.array(np.nan)}, "a share of nan false alarms"),
+        ({"false_alarms": np.array(7.0)}, "a share of 7.0 false alarms"),
+        ({"more": np.zeros(2**22)}, "bytes when unpacked, allowed"),
     ],
 )
 def test_a_baseline_that_does_not_fit_together_is_refused(baseline, arrays, message):

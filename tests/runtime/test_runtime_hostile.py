@@ -190,7 +190,7 @@ def test_files_of_holes_are_not_hashed_for_days(color_bundle, name, size):
 def test_a_path_that_no_system_allows_is_a_resource_error():
     with pytest.raises(ResourceError, match="cannot be read"):
         open_bundle("a" * 5000)
-    with pytest.raises(IntegrityError, match="found none"):
+    with pytest.raises(ConfigError, match="found none"):
         open_bundle("a\0b")
 
 

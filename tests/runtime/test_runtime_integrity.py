@@ -171,12 +171,14 @@ def test_what_is_no_folder_is_refused(tmp_path, rt, kind):
         path.write_bytes(b"PK")
     elif kind == "a broken link":
         path.symlink_to(tmp_path / "gone")
-    message = "neither a folder nor a zip" if kind == "a file" else "expected a bundle's folder"
-    with pytest.raises(IntegrityError, match=message):
+    error, message = ConfigError, "expected a bundle's folder or zip, found none"
+    if kind == "a file":
+        error, message = IntegrityError, "neither a folder nor a zip"
+    with pytest.raises(error, match=message):
         EdgeModel.load(path)
     for command in (["info", path], ["verify", path], ["run", path, "x"], ["serve-stdin", path]):
         if kind == "absent" or command[0] == "info":
-            assert_one_line(rt(*command), message)
+            assert_one_line(rt(*command), message, exit_code=error.exit_code)
 
 
 @pytest.mark.parametrize("command", ["run", "serve-stdin", "verify"])
@@ -524,6 +526,17 @@ def test_functions_and_training_graphs_are_refused(color_bundle, seal):
     regraphed(color_bundle, lambda g: (g.functions.pop(), g.training_info.add()))
     seal(color_bundle)
     with pytest.raises(IntegrityError, match="holds training graphs"):
+        EdgeModel.load(color_bundle)
+
+
+def test_code_compiled_for_a_provider_is_refused(color_bundle, seal):
+    def change(graph):
+        node = graph.graph.node.add(op_type="EPContext", domain="com.microsoft", output=["code"])
+        node.attribute.add(name="ep_cache_context", s=b"/etc/passwd", type=3)
+
+    regraphed(color_bundle, change)
+    seal(color_bundle)
+    with pytest.raises(IntegrityError, match="holds code compiled for an execution provider"):
         EdgeModel.load(color_bundle)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edgetune.errors import ConfigError, DataError, IntegrityError
 from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.drift import Baseline, Means, Space, dump_baseline
+from edgetune.runtime.records import to_mapping
 from edgetune.runtime.tasks.classification import Classification
 from edgetune.runtime.watch import (
     Watch,
@@ -268,6 +269,7 @@ def test_a_disk_that_is_full_stops_no_prediction_and_leaves_whole_lines(python, 
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from edgetune.runtime.records import to_mapping
 from edgetune.runtime.tasks.classification import Classification
 from edgetune.runtime.watch import Watch
 watch = Watch({str(tmp_path)!r}, "d1", ["cat"], window=1)
@@ -329,7 +331,7 @@ def test_a_bundle_is_held_against_the_baseline_it_carries(color_bundle, seal, tm
 def test_another_graphs_baseline_is_refused(color_bundle, seal, tmp_path):
     (color_bundle / "drift.npz").write_bytes(dump_baseline(baseline_of_scores()))
     seal(color_bundle)
-    with pytest.raises(IntegrityError, match="is of 2 labels and None features; the graph has 3"):
+    with pytest.raises(IntegrityError, match=r"is of 2 labels and .* features; the graph has 3"):
         Watch.open(tmp_path, open_bundle(color_bundle))
 
 
@@ -455,3 +457,59 @@ def test_nothing_to_look_at_is_an_error(rt, color_bundle, tmp_path):
 def test_reading_what_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         list(read_watch(tmp_path))
+
+
+# -- what a file may hold, and when ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"end": 1e20}, {"start": -1.0}, {"latency": {"99999": 1}}, {"latency": {"3": -1}},
+        {"false_alarms": 7.0}, {"predictions": -1}, {"lost": -1}, {"classes": {"a": -3}},
+    ],
+)  # fmt: skip
+def test_a_line_whose_numbers_no_watch_writes_is_left_out(tmp_path, changes):
+    good = WatchLine(
+        bundle="b", start=1.0, end=2.0, predictions=1, classes={"a": 1}, scores=(0,) * 10,
+        latency={"3": 1},
+    )  # fmt: skip
+    bad = dataclasses.replace(good, **changes)
+    lines = "".join(json.dumps(to_mapping(line)) + "\n" for line in (good, bad))
+    (tmp_path / "telemetry.jsonl").write_text(lines)
+    assert list(read_watch(tmp_path)) == [good]
+
+
+def test_what_was_lost_is_summed_over_processes():
+    line = WatchLine(
+        bundle="b", start=1.0, end=2.0, predictions=1, classes={}, scores=(0,) * 10, latency={}
+    )
+    losses = [0, 3, 8, 0, 2]  # the second process begins with the fourth line
+    lines = [dataclasses.replace(line, end=2.0 + i, lost=n) for i, n in enumerate(losses)]
+    (summary,) = summarize(lines)
+    assert summary.lost == 8 + 2
+
+
+def test_a_clock_that_is_set_back_stops_no_lines(tmp_path):
+    times = iter([10_000.0, 4_000.0, 4_001.0, 4_002.0, 4_003.0, 4_004.0, 4_005.0])
+    watch = Watch(tmp_path, "b", ("a",), window=100, clock=lambda: next(times))
+    for _ in range(3):
+        watch.record({}, [Classification(label="a", score=0.5)], 0.001)
+    assert len(list(read_watch(tmp_path))) == 1  # when it was seen to have been set back
+    watch.close()
+    assert sum(line.predictions for line in read_watch(tmp_path)) == 3
+
+
+def test_graph_features_of_another_width_are_an_integrity_error(tmp_path):
+    scores = baseline_of_scores()
+    space = Space(
+        mean=np.zeros(4), basis=np.eye(4)[:2], scale=np.ones(2), centres=Means(
+            values=np.zeros((2, 2)), counts=np.ones(2), pull=1.0,
+        ),
+        energies=Means(values=np.zeros((2, 2)), counts=np.ones(2), pull=1.0), spread=np.ones(2),
+    )  # fmt: skip
+    baseline = dataclasses.replace(scores, space=space)
+    watch = Watch(tmp_path, "b", LABELS, baseline=baseline)
+    results = [Classification(label="cat", score=0.5)]
+    with pytest.raises(IntegrityError, match="no features of width 4"):
+        watch.record({"features": np.zeros((1, 5), np.float32)}, results, 0.001)

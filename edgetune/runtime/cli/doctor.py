@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import BUNDLE, JSON
 from edgetune.runtime.records import to_mapping
 
@@ -35,8 +36,8 @@ def command(bundle: Path, as_json: bool, no_goldens: bool) -> None:
     margin = len("problem") + names + 4
     for check in diagnosis.checks:
         status = click.style(f"{check.status:<7}", fg=COLOURS[check.status])
-        lines = _wrap(check.found, WIDTH - margin)
-        lines += _wrap(f"-> {check.cure}", WIDTH - margin) if check.cure else []
+        lines = _wrap(printable(check.found), WIDTH - margin)
+        lines += _wrap(printable(f"-> {check.cure}"), WIDTH - margin) if check.cure else []
         rest = "".join(f"\n{' ' * margin}{line}" for line in lines[1:])
         click.echo(f"{status}  {check.name:<{names}}  {lines[0]}{rest}")
     click.echo(_summary([check.status for check in diagnosis.checks]))

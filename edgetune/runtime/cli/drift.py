@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgetune.errors import DataError, GateError
+from edgetune.errors import ConfigError, DataError, GateError
 from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import JSON
 from edgetune.runtime.records import to_mapping
@@ -38,6 +38,8 @@ def command(path: Path, bundle: Path | None, fail_on_alarm: bool, as_json: bool)
             for line in [*[""] * (number > 0), *_text(summary, shares).splitlines()]:
                 click.echo(printable(line))
     last = summaries[-1]
+    if fail_on_alarm and not last.baseline:
+        raise ConfigError("the bundle has no baseline to tell drift by, so no alarm can come")
     if fail_on_alarm and last.drift_since is not None:
         raise GateError(f"the inputs have drifted since {_when(last.drift_since)}")
 
@@ -45,12 +47,12 @@ def command(path: Path, bundle: Path | None, fail_on_alarm: bool, as_json: bool)
 def _of_bundle(path: Path) -> tuple[str, dict[str, float]]:
     """Return a bundle's digest and its classes' shares at export, where it knows them."""
     from edgetune.runtime.bundle import open_bundle
-    from edgetune.runtime.drift import DRIFT_NAME, read_baseline
+    from edgetune.runtime.drift import bundle_baseline
 
     bundle = open_bundle(path)
-    if DRIFT_NAME not in bundle.manifest.files:
+    baseline = bundle_baseline(bundle)
+    if baseline is None:
         return bundle.manifest.digest, {}
-    baseline = read_baseline(bundle.read(DRIFT_NAME), where=str(path))
     shares = zip(bundle.manifest.labels, baseline.shares.tolist(), strict=True)
     return bundle.manifest.digest, dict(shares)
 
@@ -74,7 +76,11 @@ def _text(summary: Summary, shares: dict[str, float]) -> str:
         rows["inputs"] = _since(summary.drift_since, summary.drift_statistics)
         rows["classes"] = _since(summary.classes_since, ())
     else:
-        rows["windows"] = "none was held against a baseline"
+        rows["windows"] = (
+            "none is full yet: there is nothing to say of drift"
+            if summary.baseline
+            else "the bundle has no baseline, so nothing can be said of drift"
+        )
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
     names = list(summary.classes)[:SHOWN_CLASSES]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import click
 
-from edgetune.runtime.bundle import open_bundle
+from edgetune.runtime.bundle import DRIFT_NAME, open_bundle
 from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import BUNDLE, JSON
+from edgetune.runtime.manifest import DeviceClass
 from edgetune.runtime.records import to_mapping
 
 
@@ -27,11 +28,13 @@ def command(bundle: Path, as_json: bool) -> None:
         "task": manifest.task,
         "labels": f"{len(manifest.labels)}: {labels}",
         "precision": manifest.precision,
-        "profile": manifest.profile,
+        "profile": f"{manifest.profile} ({_device(manifest.device)})",
         "size": f"{opened.size_bytes / 2**20:.1f} MiB in {len(manifest.files)} files",
         "onnxruntime": f"{manifest.compatibility.onnxruntime_min} or newer"
         f" (opset {manifest.compatibility.opset}, IR {manifest.compatibility.ir_version})",
         "threads": str(manifest.session.intra_op_threads),
+        "drift": "has a baseline" if DRIFT_NAME in manifest.files else "no baseline",
+        "digest": manifest.digest[:12],
     }
     for name, metric in manifest.evaluation.metrics.items():
         rows[name] = (
@@ -43,3 +46,8 @@ def command(bundle: Path, as_json: bool) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         click.echo(printable(f"{name:<{width}}  {value}"))
+
+
+def _device(device: DeviceClass) -> str:
+    memory = f"; {device.peak_rss_mib:.0f} MiB at the peak" if device.peak_rss_mib else ""
+    return " ".join([device.arch, *device.cpu_features]) + memory

@@ -1,7 +1,9 @@
 """What both command lines share: commands loaded one at a time, and the one `except`."""
 
+import contextlib
 import importlib
 import io
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -57,11 +59,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _end(number: int, frame: object) -> None:  # noqa: ARG001
+    sys.exit(128 + number)
+
+
 def run_command_line(group: click.Group) -> None:
     """Run a command line; an edgetune error becomes one line and its exit code."""
     # a path or label that the terminal's encoding lacks is shown escaped
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _end)  # as Ctrl-C does: what was begun is tidied up
     try:
         group.main(standalone_mode=False)
     except click.ClickException as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgetune.errors import ConfigError
+from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import BUNDLE, WATCH
 
 TOKEN_VARIABLE = "EDGETUNE_TOKEN"
@@ -76,15 +77,16 @@ def command(
     from edgetune.runtime.model import EdgeModel
 
     def announce(url: str) -> None:
-        click.echo(f"serving {manifest.name}, release {manifest.release}, on {url}")
+        click.echo(printable(f"serving {manifest.name}, release {manifest.release}, on {url}"))
         sys.stdout.flush()
 
     with EdgeModel.load(bundle, threads=threads, watch=watch) as model:
         manifest = model.manifest
         for sample in model.goldens()[:1]:
-            model.predict(sample)  # the first run allocates; no client should wait for it
+            model.outputs(sample)  # the first run allocates; no client should wait for it
         if serve(model, settings, on_ready=announce):
             # a prediction hangs inside onnxruntime, which must not be taken apart meanwhile
+            model.flush_watch()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.errors import DataError, IntegrityError, MissingExtraError
+from edgetune.errors import DataError, IntegrityError, MissingExtraError, ResourceError
 from edgetune.runtime.bundle import Bundle
 from edgetune.runtime.tasks.classification import Classification, classify
 
@@ -105,9 +105,15 @@ def decode_image(source: Any) -> Pixels:
             return np.array(_to_rgb(_upright(image)))
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{name}: is a folder; expected an image file") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: is no image that Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except MemoryError as error:
+        raise ResourceError(f"{name}: takes more memory than there is") from error
+    except Exception as error:  # each of Pillow's decoders has its own
         raise DataError(f"{name}: cannot be decoded: {error}") from error
 
 
