@@ -1,6 +1,7 @@
 """Every row of the task table goes from data to device."""
 
 import dataclasses
+import filecmp
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -25,6 +27,7 @@ from edgetune.profile import load_profile
 from edgetune.runtime import EdgeModel
 from edgetune.runtime.bundle import file_sha256, open_bundle
 from edgetune.runtime.measure import measure
+from edgetune.runtime.packing import pack, unpack
 from edgetune.runtime.tasks import TASKS as DEVICE_TASKS
 from edgetune.tasks import TASKS
 from edgetune.train import open_run, run_dataset, train
@@ -112,6 +115,44 @@ def test_the_bundle_verifies_and_runs_from_the_shell_without_the_cloud_side(case
     value = run_dataset(run).splits["val"].inputs[0]
     answer = json.loads(edgetune_rt("run", bundle, value, "--json"))
     assert answer["label"] in run.record.labels
+
+
+def test_the_manifest_is_what_its_schema_says(case):
+    schema = Path(__file__).parents[1] / "docs" / "bundle.schema.json"
+    manifest = (case.result.bundle / "manifest.json").read_text()
+    jsonschema.validate(json.loads(manifest), json.loads(schema.read_text()))
+
+
+def test_one_file_answers_as_the_folder_does(case, tmp_path):
+    pack(case.result.bundle, tmp_path / "bundle.zip")
+    value = run_dataset(open_run(case.run)).splits["val"].inputs[0]
+    with (
+        EdgeModel.load(case.result.bundle) as folder,
+        EdgeModel.load(tmp_path / "bundle.zip") as file,
+    ):
+        assert file.predict(value, all_scores=True) == folder.predict(value, all_scores=True)
+    unpack(tmp_path / "bundle.zip", tmp_path / "again")
+    names = [path.name for path in case.result.bundle.iterdir()]
+    same, *_ = filecmp.cmpfiles(case.result.bundle, tmp_path / "again", names, shallow=False)
+    assert sorted(same) == sorted(names)
+
+
+def test_goldens_hold_what_a_program_without_tokenizer_needs(case):
+    model = EdgeModel.load(case.result.bundle)
+    with np.load(case.result.bundle / "goldens.npz") as stored:
+        for i, sample in enumerate(model.goldens()):
+            ids = stored.get(f"ids_{i}")
+            arrays = {"image": sample} if ids is None else {
+                "input_ids": ids, "attention_mask": np.ones_like(ids)
+            }  # fmt: skip
+            found = model.run({name: array[None] for name, array in arrays.items()})["logits"][0]
+            np.testing.assert_array_equal(found, model.outputs(sample)["logits"][0])
+
+
+def test_drift_is_told_from_validation_samples_or_why_not_is_said(case):
+    # 256 are needed, and so small a data set holds less out
+    assert "drift.npz" not in open_bundle(case.result.bundle).manifest.files
+    assert any("drift can be told from 256 on" in note for note in case.result.notes)
 
 
 def test_int8_is_smaller_and_measured(case):
