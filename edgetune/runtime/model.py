@@ -232,11 +232,15 @@ class EdgeModel:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="edgetune")
             future = asyncio.get_running_loop().run_in_executor(self._executor, call)
         try:
-            with limit:  # what is waited for in the queue counts
-                return await future
-        except asyncio.CancelledError:
-            limit.stop()
-            raise
+            # not the limit's own clock: a call that waits for its turn has no run to be stopped
+            done, _ = await asyncio.wait({future}, timeout=timeout)
+        finally:
+            if not future.done():  # too late, or cancelled
+                limit.stop()
+                future.cancel()
+        if not done:
+            limit.check()
+        return future.result()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run the graph on its own arrays (with batch axis) and return its outputs by name.

@@ -366,6 +366,26 @@ def test_the_time_that_a_call_waits_for_its_turn_counts(slow_bundle):
     model.close()
 
 
+def test_a_call_that_waits_behind_a_longer_one_is_late_in_time(slow_bundle):
+    model = EdgeModel.load(slow_bundle)
+
+    async def ask():
+        longer = asyncio.create_task(model.apredict(RED))  # would take minutes
+        await asyncio.sleep(0.1)
+        begin = time.monotonic()
+        with pytest.raises(PredictionTimeout, match=r"no answer within 0\.3 s"):
+            await model.apredict(RED, timeout=0.3)
+        waited = time.monotonic() - begin
+        assert not longer.done()
+        longer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await longer
+        return waited
+
+    assert asyncio.run(ask()) < 5
+    model.close()
+
+
 def test_a_closed_zip_has_no_goldens(word_bundle, tmp_path):
     pack(word_bundle, tmp_path / "w.zip")
     with EdgeModel.load(tmp_path / "w.zip") as model:

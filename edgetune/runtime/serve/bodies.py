@@ -4,6 +4,7 @@ A body is the sample itself or JSON that holds it, never a path: an image task t
 the path of a file, so no string from a request may reach it.
 """
 
+import importlib
 import io
 import json
 from collections.abc import Callable
@@ -24,12 +25,14 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 class Carrier:
     """How a request carries samples: content types, the largest body, body -> sample(s).
 
-    `read` runs on a worker thread; a list that it returns is answered with a list.
+    `read` runs on a worker thread; a list that it returns is answered with a list. `needs` is the
+    module that it imports, its package and the extra that brings it.
     """
 
     content_types: tuple[str, ...]
     max_body_mib: float
     read: Callable[[bytes, ServeSettings], Any]
+    needs: tuple[str, str, str] | None = None
 
 
 def read_texts(body: bytes, settings: ServeSettings) -> str | list[str]:  # noqa: ARG001
@@ -97,7 +100,10 @@ def read_image(body: bytes, settings: ServeSettings) -> bytes:
 CARRIERS = {
     "text": Carrier(content_types=("application/json",), max_body_mib=1.0, read=read_texts),
     "image": Carrier(
-        content_types=("image/*", "application/octet-stream"), max_body_mib=16.0, read=read_image
+        content_types=("image/*", "application/octet-stream"),
+        max_body_mib=16.0,
+        read=read_image,
+        needs=("PIL.Image", "pillow", "image"),
     ),
 }
 
@@ -112,12 +118,14 @@ def carrier_of(task: str) -> Carrier:
     kind = task.partition("-")[0]
     if kind not in CARRIERS:
         raise ConfigError(f"task {task!r} cannot be served over HTTP; {', '.join(CARRIERS)} can")
-    if kind == "image":
+    carrier = CARRIERS[kind]
+    if carrier.needs:
+        module, package, extra = carrier.needs
         try:
-            import PIL.Image  # noqa: F401 - now, rather than at the first request
+            importlib.import_module(module)  # now, rather than at the first request
         except ImportError as error:
-            raise MissingExtraError("pillow", "image") from error
-    return CARRIERS[kind]
+            raise MissingExtraError(package, extra) from error
+    return carrier
 
 
 def read_query(query: str) -> bool:
