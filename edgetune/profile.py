@@ -23,7 +23,8 @@ class Cpu:
     """The processor.
 
     `features` are the names Linux prints in /proc/cpuinfo. `int8` says how u8 x s8 products
-    are summed: "saturates" in int16 pairs (x86 without VNNI), "exact" in int32.
+    are summed: "saturates" in int16 pairs (x86 without VNNI), "exact" in int32. `active_watts` is
+    what the board takes with all cores busy, as published or measured; None where not known.
     """
 
     arch: Literal["x86_64", "aarch64"]
@@ -31,6 +32,7 @@ class Cpu:
     cores: int
     features: tuple[str, ...]
     int8: Int8Arithmetic
+    active_watts: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

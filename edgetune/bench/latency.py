@@ -157,7 +157,7 @@ def read_sample(sample: str | None, bundle: Bundle) -> str | None:
 
 def _measure(path: Path, options: list[str]) -> Measurement:
     module = "edgetune.runtime.measure"
-    output = _run_child(["-m", module, *options, "--", str(path)])
+    output = run_child(["-m", module, *options, "--", str(path)])
     return from_mapping(Measurement, json.loads(output), where=module)
 
 
@@ -167,7 +167,7 @@ def _first_answer(
     """Return (milliseconds from start to first answer, peak RSS in MiB) of one process."""
     arguments = [str(path), str(threads or 0), *([sample] if sample is not None else [])]
     begin = time.monotonic()  # one clock for all processes of a machine
-    answered, _, peak = _run_child(["-c", FIRST_ANSWER, *arguments]).strip().partition(" ")
+    answered, _, peak = run_child(["-c", FIRST_ANSWER, *arguments]).strip().partition(" ")
     return (float(answered) - begin) * 1e3, float(peak) if peak else None
 
 
@@ -182,7 +182,7 @@ def summarize_starts(starts: list[tuple[float, float | None]]) -> ColdStart:
     )
 
 
-def _run_child(arguments: list[str]) -> str:
+def run_child(arguments: list[str]) -> str:
     """Run this Python with `arguments` and return what it printed.
 
     Raises:

@@ -1,6 +1,7 @@
 """`edgetune bench`: what a bundle costs on this machine, or on a device over ssh."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -13,6 +14,9 @@ from edgetune.errors import EdgetuneError
 from edgetune.profile import load_profile
 from edgetune.runtime.bundle import open_bundle
 from edgetune.runtime.measure import MIN_RUNS, Machine
+
+if TYPE_CHECKING:
+    from edgetune.runtime.learn.measure import LearningCost
 
 # options that say nothing without --target
 TARGET_OPTIONS = ("target_python", "ssh_options", "wheels", "keep", "profile")
@@ -61,6 +65,12 @@ TARGET_OPTIONS = ("target_python", "ssh_options", "wheels", "keep", "profile")
 )  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave other bundles' copies on the target.")
 @click.option("--profile", help="Record the result for this profile (default: the bundle's own).")
+@click.option(
+    "--watts", type=click.FloatRange(min=0, min_open=True),
+    help="With --learn: what the board takes with all cores busy, to estimate energy by."
+    "  [default: the profile's cpu.active_watts, if it has any]",
+)  # fmt: skip
+@click.option("--learn", is_flag=True, help="Measure what learning on the device costs instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(
@@ -78,12 +88,19 @@ def command(
     wheels: Path | None,
     keep: bool,
     profile: str | None,
+    watts: float | None,
+    learn: bool,
     as_json: bool,
 ) -> None:
     """Measure a bundle's latency, start and memory, one sample a call, here or on a device.
 
     The result is recorded for the device's profile, if it is of the bundle's own samples.
     """
+    if learn:
+        if target is not None:
+            raise click.UsageError("--learn measures here; run it on the device itself")
+        _bench_learning(bundle, runs, threads, watts, as_json)
+        return
     if target is None:
         _refuse_target_options(context)
         report = bench(
@@ -128,6 +145,57 @@ def command(
     echo_table(("measured", "value", "of"), _rows(report))
     for line in _notes(report):
         click.echo(f"\nnote: {line}")
+
+
+def _bench_learning(
+    bundle: Path, runs: int, threads: int | None, watts: float | None, as_json: bool
+) -> None:
+    """Print what learning costs on this machine."""
+    from edgetune.bench.learning import bench_learning
+
+    manifest = open_bundle(bundle).manifest
+    _say(f"measuring what {manifest.name} takes to learn, in a fresh process")
+    cost = bench_learning(bundle, steps=runs, threads=threads)
+    if as_json:
+        echo_json(cost)
+        return
+    rows = [
+        (
+            "take a sample in",
+            _ms(cost.add_ms),
+            "look at it, screen it not, write it to the journal",
+        ),
+        ("solve the head", _ms(cost.solve_ms), "from the statistics"),
+        (
+            "a commit writes",
+            f"{cost.commit_bytes / 1024:10.1f} KiB",
+            f"{cost.commit_syncs} flushes",
+        ),
+    ]
+    if cost.step_ms is not None:
+        what = f"batch of {cost.batch}, {cost.threads} threads, without what is kept of a sample"
+        rows.append(("optimizer step", _ms(cost.step_ms), what))
+    energy = _energy(cost, manifest.profile, watts)
+    if energy is not None:
+        rows.append(("energy of a step", f"{energy:10.0f} mJ", "estimate, from CPU time here"))
+    for name, mib in (
+        ("memory, predicting", cost.base_rss_mib), ("memory peak, learning", cost.peak_rss_mib),
+    ):  # fmt: skip
+        if mib is not None:
+            rows.append((name, f"{mib:10.1f} MiB", ""))
+    echo_table(("measured", "value", "of"), rows)
+
+
+def _energy(cost: "LearningCost", profile: str, watts: float | None) -> float | None:
+    """Return mJ a step, where the profile says what its board takes."""
+    from edgetune.bench.learning import energy_mj
+
+    try:
+        cpu = load_profile(profile).cpu
+    except EdgetuneError:  # the profile was a file that is not here
+        return None
+    watts = watts or cpu.active_watts
+    return None if watts is None else energy_mj(cost, watts, cpu.cores)
 
 
 def _say(line: str) -> None:

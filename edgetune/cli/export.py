@@ -8,6 +8,7 @@ import click
 from edgetune.cli.output import echo_json, echo_table
 
 if TYPE_CHECKING:
+    from edgetune.autodiff.step import Optimizer
     from edgetune.export import ExportResult
     from edgetune.export.bundle import PrecisionChoice
     from edgetune.export.candidate import Candidate
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 PRECISIONS: "tuple[PrecisionChoice, ...]" = ("auto", "fp32", "fp16", "int8", "int4")
 SEARCHES: "tuple[Search, ...]" = ("first", "pareto")
+OPTIMIZERS: "tuple[Optimizer, ...]" = ("adamw", "sgd")
 
 
 @click.command()
@@ -52,6 +54,16 @@ SEARCHES: "tuple[Search, ...]" = ("first", "pareto")
     "--allow", multiple=True, metavar="LACK",
     help="Ship in spite of it, and record it: accuracy, samples, latency, size, memory, speed.",
 )  # fmt: skip
+@click.option(
+    "--learn", default="statistics", show_default=True, metavar="METHOD",
+    help="What the device can train besides its statistics: head, last:N, norm, bias, lora, the"
+    " last three also :N for the last N blocks; none: it learns nothing.",
+)  # fmt: skip
+@click.option("--learn-rank", type=int, default=8, show_default=True, help="Rank of that LoRA.")
+@click.option(
+    "--learn-optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
+    help="Optimizer of the training step.",
+)  # fmt: skip
 @click.option("--name", default="", help="The bundle's name.  [default: the run's]")
 @click.option("--release", type=int, default=1, show_default=True, help="Release counter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -59,7 +71,8 @@ def command(
     run: Path, profile: str, output: Path | None, precision: "PrecisionChoice", max_drop: float,
     max_class_drop: float | None, max_latency_ms: float | None, max_size_mib: float | None,
     max_rss_mib: float | None, search: "Search", time_budget: float | None,
-    rungs: tuple[str, ...], allow: tuple[str, ...], name: str, release: int, as_json: bool,
+    rungs: tuple[str, ...], allow: tuple[str, ...], learn: str, learn_rank: int,
+    learn_optimizer: "Optimizer", name: str, release: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn a run into a bundle: merged, quantized, checked and measured.
 
@@ -72,6 +85,7 @@ def command(
       edgetune export runs/intents --profile raspberry-pi-5
       edgetune export runs/photos --profile x86-64-avx2 --max-drop 0.01 --max-size-mib 4
       edgetune export runs/intents --search pareto --time-budget 1800
+      edgetune export runs/intents --learn lora
 
     Exits with 5, and writes no bundle, where no graph answers as the trained model does within
     the budgets.
@@ -84,7 +98,8 @@ def command(
             run, profile=profile, output=output, precision=precision, rungs=rungs,
             max_drop=max_drop, max_class_drop=max_class_drop, max_latency_ms=max_latency_ms,
             max_size_mib=max_size_mib, max_rss_mib=max_rss_mib, search=search,
-            time_budget_s=time_budget, allow=allow, name=name, release=release, on_stage=say,
+            time_budget_s=time_budget, allow=allow, learn=learn, learn_rank=learn_rank,
+            learn_optimizer=learn_optimizer, name=name, release=release, on_stage=say,
         )  # fmt: skip
     if as_json:
         echo_json(_as_json(result))

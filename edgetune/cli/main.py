@@ -15,6 +15,8 @@ COMMANDS = {
     "train": ("edgetune.cli.train:command", "Fine-tune a pretrained model."),
     "eval": ("edgetune.cli.eval:command", "Measure a run or a bundle on labelled data."),
     "export": ("edgetune.cli.export:command", "Turn a run into a bundle for a device."),
+    "merge": ("edgetune.cli.merge:command", "Merge what devices learned into a new bundle."),
+    "privacy": ("edgetune.cli.privacy:command", "Say what noise on statistics proves."),
     "bench": ("edgetune.cli.bench:command", "Measure a bundle's latency, start and memory."),
     "profiles": ("edgetune.cli.profiles:command", "List the device profiles, or show one."),
     "doctor": ("edgetune.cli.doctor:command", "Say what this machine has and what is wrong."),

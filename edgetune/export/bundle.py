@@ -12,7 +12,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from edgetune.autodiff.learnable import DEFAULT_RANK, LearnRequest, parse_request
+from edgetune.autodiff.step import Optimizer
 from edgetune.bench.evaluate import Answers, answer_run
+from edgetune.bench.learning import bench_learning
 from edgetune.data import Dataset, Split
 from edgetune.errors import ConfigError, GateError, ResourceError
 from edgetune.export.cache import FOLDER_NAME, Cache
@@ -20,6 +23,13 @@ from edgetune.export.candidate import Candidate, Laboratory
 from edgetune.export.card import model_card
 from edgetune.export.climb import Climb, Request, Search
 from edgetune.export.drift import write_baseline
+from edgetune.export.learning import (
+    canary_note,
+    check_learning,
+    plan_learning,
+    save_learning,
+    write_material,
+)
 from edgetune.export.pack import CARD_NAME, discard, publish, write_manifest
 from edgetune.export.records import SearchReport
 from edgetune.export.report import ladder_markdown, write_reports
@@ -28,10 +38,14 @@ from edgetune.export.search import Budgets, check_allowed
 from edgetune.export.summary import search_report
 from edgetune.export.workshop import Say, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
-from edgetune.runtime.bundle import DRIFT_NAME, open_bundle
+from edgetune.runtime.bundle import DRIFT_NAME, LEARN_NAME, open_bundle
+from edgetune.runtime.manifest import TrainingStep
 from edgetune.runtime.model import EdgeModel
 from edgetune.tasks.paired import Comparison
 from edgetune.train.run import Run, open_run, run_dataset
+
+# what a bundle learns without a training step, and that it learns nothing
+STATISTICS, NOTHING = "statistics", "none"
 
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int4"]
 
@@ -93,6 +107,9 @@ def export(
     search: Search = "first",
     time_budget_s: float | None = None,
     allow: Collection[str] = (),
+    learn: str = STATISTICS,
+    learn_rank: int = DEFAULT_RANK,
+    learn_optimizer: Optimizer = "adamw",
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -123,6 +140,11 @@ def export(
         time_budget_s: no rung is begun after so many seconds.
         allow: lacks that do not keep a bundle from being shipped: "accuracy", "samples",
             "latency", "size", "memory", "speed". The manifest and the card name them.
+        learn: what the bundle can learn on the device: "statistics", the default, new samples and
+            classes on frozen features; besides, "head", "last:N" (blocks), "norm", "bias" or
+            "lora", each of these three for the last N blocks with ":N", by a training step; "none".
+        learn_rank: of LoRA.
+        learn_optimizer: of the training step, "adamw" or "sgd" with momentum.
         name: the bundle's name; default: the run folder's.
         release: the bundle's release counter, 1 or more.
         on_stage: called with what is being done.
@@ -142,6 +164,7 @@ def export(
         max_rss_mib=max_rss_mib,
     )
     check_allowed(allow)
+    _learn_request(learn, learn_rank)
     if output is not None:
         _check_arguments(output, release, time_budget_s)
     run = open_run(run_folder)
@@ -156,6 +179,9 @@ def export(
         search=search,
         time_budget_s=time_budget_s,
         allow=allow,
+        learn=learn,
+        learn_rank=learn_rank,
+        learn_optimizer=learn_optimizer,
         name=name,
         release=release,
         on_stage=on_stage,
@@ -174,6 +200,9 @@ def export_run(
     search: Search = "first",
     time_budget_s: float | None = None,
     allow: Collection[str] = (),
+    learn: str = STATISTICS,
+    learn_rank: int = DEFAULT_RANK,
+    learn_optimizer: Optimizer = "adamw",
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -183,14 +212,19 @@ def export_run(
     output = output or Path("bundles") / f"{name}-{profile.name}"
     allowed = check_allowed(allow)
     _check_arguments(output, release, time_budget_s)
-    chosen_rungs = rungs_for(profile, run.family.int8, precision=precision, only=rungs)
+    request = _learn_request(learn, learn_rank)
+    chosen_rungs = rungs_for(
+        profile, run.family.int8, precision=precision, only=rungs, learning=request is not None
+    )
     # torch's deterministic graph belongs to the CPU, wherever the run was trained
     run.task.network.cpu()
     output.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         shop = Workshop(run, dataset, profile, Cache(run.folder / FOLDER_NAME), on_stage or _silent)
-        request = Request(
+        if request is not None:
+            shop.learn = plan_learning(request, learn_optimizer, run.task, run.family)
+        wanted = Request(
             budgets=_with_profile(budgets or Budgets(), profile),
             allowed=allowed,
             search=search,
@@ -198,7 +232,8 @@ def export_run(
             deadline=time.monotonic() + (time_budget_s or float("inf")),
             fp32_will_do=precision in ("auto", "fp32") and (not rungs or "fp32" in rungs),
         )
-        exporter = _Exporter(Laboratory(shop, workplace, name, release), request, output)
+        exporter = _Exporter(Laboratory(shop, workplace, name, release), wanted, output)
+        exporter.learns = learn != NOTHING
         return exporter.export(chosen_rungs)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written: {error}") from error
@@ -214,6 +249,7 @@ class _Exporter:
         self.run, self.say = laboratory.shop.run, laboratory.shop.say
         self.request, self.output = request, output
         self.notes: list[str] = []
+        self.learns = False
 
     def export(self, rungs: list[Rung]) -> ExportResult:
         begin = time.monotonic()
@@ -289,13 +325,62 @@ class _Exporter:
         )
         (chosen.folder / CARD_NAME).write_text(card, encoding="utf-8")
         self._add_baseline(chosen)
+        if self.learns:
+            manifest = dataclasses.replace(manifest, training=self._add_learning(chosen))
         write_manifest(chosen.folder, manifest)
+        if self.learns:
+            self._check_memory(chosen)
         edge = EdgeModel.load(chosen.folder, check="full")
         if chosen.arithmetic == "native":  # else the goldens are another CPU's answers
             edge.self_test()
         size = open_bundle(chosen.folder).size_bytes
         publish(chosen.folder, self.output)
         return size
+
+    def _add_learning(self, chosen: Candidate) -> TrainingStep | None:
+        """Add what learning on the device needs; return what the manifest says of its step."""
+        shop, training = self.shop, None
+        compiled = chosen.built.compiled
+        if shop.learn is not None and compiled is not None:
+            self.say("holding the training step against torch")
+            report = check_learning(
+                shop.learn, chosen.source.model, compiled, shop.device_task, self.laboratory.val
+            )
+            training = save_learning(chosen.folder, shop.learn, compiled, report)
+        edge = EdgeModel.load(self.laboratory.faithful(chosen))
+        train, val = shop.dataset.splits["train"], self.laboratory.val
+        lacks = write_material(chosen.folder, edge, train, val, training, say=self.say)
+        path, most = chosen.folder / LEARN_NAME, self.request.budgets.max_size_mib
+        size = sum(p.stat().st_size for p in chosen.folder.iterdir())
+        if lacks is None and most and size > most * 2**20:
+            path.unlink()
+            lacks = f"it would be larger than {most:g} MiB"
+        if lacks and training is not None:
+            raise GateError(f"this bundle cannot learn on the device: {lacks}")
+        if lacks:
+            self.notes.append(f"a device cannot teach this bundle anything: {lacks}")
+        elif note := canary_note(len(val.labels)):
+            self.notes.append(note)
+        return training
+
+    def _check_memory(self, chosen: Candidate) -> None:
+        """Say, or refuse, where learning takes more memory than the device has."""
+        if not (chosen.folder / LEARN_NAME).exists():
+            return
+        self.say("measuring what learning takes, in a fresh process")
+        cost = bench_learning(chosen.folder, steps=3)
+        most = self.shop.profile.memory.available_mib
+        peak = cost.peak_rss_mib
+        if peak is not None and peak > most:
+            sentence = (
+                f"learning takes {peak:.0f} MiB here, {self.shop.profile.name} has {most} MiB"
+            )
+            if "memory" not in self.request.allowed:
+                raise GateError(
+                    f"{sentence}; train less (--learn last:1), or ship all the same with"
+                    " --allow memory"
+                )
+            self.notes.append(sentence)
 
     def _add_baseline(self, chosen: Candidate) -> None:
         """Describe what the bundle answers, so that a device can tell drift from it."""
@@ -308,6 +393,13 @@ class _Exporter:
             lacks = f"it would be larger than {most:g} MiB"
         if lacks:
             self.notes.append(f"a device will see no drift of inputs with this bundle: {lacks}")
+
+
+def _learn_request(learn: str, rank: int) -> LearnRequest | None:
+    """Return what a training step is to train; None where there is to be none."""
+    if learn in (NOTHING, STATISTICS):
+        return None
+    return parse_request(learn, rank=rank)
 
 
 def check_parity(run: Run, edge: EdgeModel, split: Split) -> float:

@@ -16,6 +16,7 @@ from edgetune.bench.evaluate import Answers, answer_bundle, answers_of
 from edgetune.bench.latency import bench
 from edgetune.data import Split
 from edgetune.export.cache import code_key, key_of, model_key, split_key, structure_key
+from edgetune.export.learning import compile_learning
 from edgetune.export.pack import write_draft, write_goldens, write_manifest
 from edgetune.export.records import Arithmetic, LatencyBasis
 from edgetune.export.rungs import X64_PRECISION, Rung
@@ -127,6 +128,7 @@ class Laboratory:
     ) -> Candidate:
         """Draft a bundle of a graph and measure it; the comparison with fp32 comes after."""
         begin = time.monotonic()
+        built = self._learnable(built)
         answering, arithmetic = self._as_on_device(built)
         folder = self._draft(rung.name, built.model, built, source)
         faithful = folder
@@ -147,6 +149,13 @@ class Laboratory:
             seconds=time.monotonic() - begin,
             cached=made_from_cache and known and timed,
         )
+
+    def _learnable(self, built: Built) -> Built:
+        """Return the graph with what is to learn as inputs, and its training step."""
+        if self.shop.learn is None:
+            return built
+        compiled = compile_learning(self.shop.learn, built.model)
+        return dataclasses.replace(built, model=compiled.model, compiled=compiled)
 
     def with_answers(self, candidate: Candidate) -> Candidate:
         """Return the candidate with its answers on the split that is shown."""

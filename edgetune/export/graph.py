@@ -1,10 +1,12 @@
 """Write a task's graph as ONNX: lowest opset that serves, dynamic sizes, one weights file."""
 
+import ast
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from onnx import TensorProto, external_data_helper
 
 from edgetune.errors import EdgetuneError
+from edgetune.quantize.layers import PREPROCESS_SCOPE, SCOPE_KEY
 from edgetune.runtime.bundle import WEIGHTS_NAME
 from edgetune.runtime.manifest import TensorSpec
 from edgetune.tasks import GraphSpec
@@ -65,25 +68,43 @@ def export_graph(spec: GraphSpec) -> onnx.ModelProto:
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write `path` and, beside it, weights.bin; the same model gives the same bytes."""
-    model = _copy(model)
-    with (path.parent / WEIGHTS_NAME).open("wb") as file:
-        for tensor in sorted(model.graph.initializer, key=lambda t: t.name):
-            data = tensor_bytes(tensor)
-            if len(data) < EXTERNAL_BYTES:
-                continue
-            file.seek(-(-file.tell() // PAGE) * PAGE)
-            offset = file.tell()
-            file.write(data)
-            tensor.ClearField("raw_data")
-            _clear_typed_data(tensor)
-            _set_external(tensor, offset, len(data))
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    save_graphs({path.name: model}, path.parent)
+
+
+def save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
+    """Write graphs that share one weights.bin: equal tensors are there once.
+
+    Args:
+        models: file name -> graph, weights inside; they stay as they are.
+        folder: must exist.
+    """
+    copies = {name: _copy(model) for name, model in models.items()}
+    places: dict[bytes, int] = {}
+    with (folder / WEIGHTS_NAME).open("wb") as file:
+        for model in copies.values():
+            for tensor in sorted(model.graph.initializer, key=lambda t: t.name):
+                data = tensor_bytes(tensor)
+                if len(data) < EXTERNAL_BYTES:
+                    continue
+                key = hashlib.sha256(data).digest()
+                if key not in places:
+                    file.seek(-(-file.tell() // PAGE) * PAGE)
+                    places[key] = file.tell()
+                    file.write(data)
+                tensor.ClearField("raw_data")
+                _clear_typed_data(tensor)
+                _set_external(tensor, places[key], len(data))
+    for name, model in copies.items():
+        for node in model.graph.node:
+            del node.metadata_props[:]  # they told quantization and learning what is what
+        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def tensor_specs(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return the graph's inputs and outputs as the manifest describes them."""
+    constants = {t.name for t in model.graph.initializer}  # an input that has a default is none
     return (
-        tuple(_spec(v) for v in model.graph.input),
+        tuple(_spec(v) for v in model.graph.input if v.name not in constants),
         tuple(_spec(v) for v in model.graph.output),
     )
 
@@ -116,8 +137,8 @@ def _clean(model: onnx.ModelProto, spec: GraphSpec) -> None:
         scope = _scope(node)
         del node.metadata_props[:]
         node.doc_string = ""
-        if scope == "preprocess":
-            node.metadata_props.add(key="edgetune.scope", value=scope)
+        if scope:
+            node.metadata_props.add(key=SCOPE_KEY, value=scope)
     for tensor in graph.initializer:
         del tensor.metadata_props[:]
         tensor.doc_string = ""
@@ -131,9 +152,13 @@ def _clean(model: onnx.ModelProto, spec: GraphSpec) -> None:
 
 
 def _scope(node: onnx.NodeProto) -> str:
+    """Return the path of the module that made a node."""
     for prop in node.metadata_props:
         if prop.key == "pkg.torch.onnx.name_scopes":
-            return "preprocess" if "'preprocess'" in prop.value else ""
+            scopes = ast.literal_eval(prop.value)
+            if PREPROCESS_SCOPE in scopes:
+                return PREPROCESS_SCOPE
+            return str(scopes[-2]) if len(scopes) > 1 else ""  # the last is the node's own
     return ""
 
 

@@ -329,8 +329,17 @@ FP32 = Rung(
 )  # fmt: skip
 
 
+# what leaves nodes in float that are marked as learning
+_LEARNING = (make_static, make_dynamic, make_weights)
+
+
 def rungs_for(
-    profile: DeviceProfile, int8: str, *, precision: str = "auto", only: Collection[str] = ()
+    profile: DeviceProfile,
+    int8: str,
+    *,
+    precision: str = "auto",
+    only: Collection[str] = (),
+    learning: bool = False,
 ) -> list[Rung]:
     """Return the rows that the profile and the model's family allow, in the order of trying.
 
@@ -339,6 +348,8 @@ def rungs_for(
         int8: the family's `int8`.
         precision: "auto", or the only one that is wanted.
         only: names of rungs, where nothing else is to be tried.
+        learning: whether the graph is to learn on the device: some of it stays float then, which
+            not every rung leaves so.
 
     Raises:
         ConfigError: `only` names an unknown rung, or nothing is left.
@@ -356,6 +367,7 @@ def rungs_for(
         and has.get(rung.precision, True)
         and precision in ("auto", rung.precision)
         and (not only or rung.name in only)
+        and (not learning or (rung.source == "run" and rung.make in _LEARNING))
     ]
     wants_fp32 = precision in ("auto", "fp32") and (not only or "fp32" in only)
     if not found and not wants_fp32:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -24,6 +24,9 @@ from edgetune.quantize.sensitivity import Damage, Quantize, layer_damage
 from edgetune.runtime.tasks import DeviceTask
 from edgetune.tasks import TaskModel
 from edgetune.train.run import Run
+
+if TYPE_CHECKING:
+    from edgetune.export.learning import Compiled, LearnPlan
 
 # calibrating on more adds little; fewer leave the ranges of rare activations out
 CALIBRATION_SAMPLES = 128
@@ -54,6 +57,7 @@ class Built:
     damage: (layer, operator, parameters, SQNR in dB) worst first, where it was measured.
     saturation: (layer, pairs that could, share of pair sums that did, worst error), before repair.
     kept_float: nodes left in float.
+    compiled: where it is to learn, the graph that does, which `model` is, and its step.
     """
 
     model: onnx.ModelProto
@@ -64,6 +68,7 @@ class Built:
     damage: tuple[tuple[str, str, int, float], ...] = ()
     saturation: tuple[tuple[str, int, float, float], ...] = ()
     kept_float: tuple[str, ...] = ()
+    compiled: "Compiled | None" = None
 
 
 class CalibrationFeeds:
@@ -89,6 +94,7 @@ class Workshop:
         """Keep what everything is made of; nothing is made yet."""
         self.run, self.dataset, self.profile = run, dataset, profile
         self.cache, self.say = cache, say
+        self.learn: LearnPlan | None = None
         self._device_task: DeviceTask | None = None
         self._sources: dict[str, Source] = {}
 
@@ -106,7 +112,8 @@ class Workshop:
         """Return the float graph of that name, exported when it is first asked for."""
         if name not in self._sources:
             task = make()
-            model = fuse(export_graph(task.graph(self.run.family.output)))
+            model = export_graph(task.graph(self.run.family.output))
+            model = fuse(model if self.learn is None else self.learn.prepared(model))
             self._sources[name] = Source(name=name, model=model, key=model_key(model), task=task)
         return self._sources[name]
 

@@ -57,7 +57,10 @@ class _Writer:
         graph = self.model.graph
         for node in graph.node:
             if node.name in self.layers:
+                begin = len(self.nodes)
                 self._layer(node, self.layers[node.name])
+                for new in self.nodes[begin:]:  # they are of the same module
+                    new.metadata_props.extend(node.metadata_props)
             else:
                 self.nodes.append(node)
         del graph.node[:]

@@ -68,6 +68,8 @@ class _Graph:
 
     def replace(self, gone: Iterable[onnx.NodeProto], *new: onnx.NodeProto) -> None:
         """Put nodes where the last of those that go stood."""
+        gone = list(gone)
+        _inherit(gone, new)
         names = {id(node) for node in gone}
         last = max(i for i, node in enumerate(self.nodes) if id(node) in names)
         kept = [n for n in self.nodes[: last + 1] if id(n) not in names]
@@ -212,11 +214,19 @@ def _replace_first(
     graph: _Graph, gone: list[onnx.NodeProto], new: tuple[onnx.NodeProto, ...]
 ) -> None:
     """Put nodes where the first of those that go stood: others may read their outputs early."""
+    _inherit(gone, new)
     names = {id(node) for node in gone}
     first = min(i for i, node in enumerate(graph.nodes) if id(node) in names)
     kept = [n for n in graph.nodes[first:] if id(n) not in names]
     graph.nodes = [*graph.nodes[:first], *new, *kept]
     graph.look()
+
+
+def _inherit(gone: Iterable[onnx.NodeProto], new: Iterable[onnx.NodeProto]) -> None:
+    """Give new nodes the marks of one that they stand for."""
+    marks = next(list(n.metadata_props) for n in gone)
+    for node in new:
+        node.metadata_props.extend(marks)
 
 
 def _only_reader(graph: _Graph, name: str, op: str) -> onnx.NodeProto | None:

@@ -9,6 +9,12 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+# marks of nodes, which a saved graph has no more: the path of the module that made one, and that it
+# is to learn on the device and so must stay in float
+SCOPE_KEY = "edgetune.scope"
+LEARN_KEY = "edgetune.learn"
+PREPROCESS_SCOPE = "preprocess"
+
 FloatArray = npt.NDArray[np.float32]
 Feeds = dict[str, Any]
 
@@ -69,12 +75,25 @@ def weight_layers(model: onnx.ModelProto, *, exclude: Collection[str] = ()) -> l
 
 
 def preprocessing_nodes(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes that the `preprocess` module made."""
+    """Return the names of the nodes that the `preprocess` module made, or that are to learn."""
     return [
         node.name
         for node in model.graph.node
-        if any(p.key == "edgetune.scope" and p.value == "preprocess" for p in node.metadata_props)
+        if mark(node, SCOPE_KEY) == PREPROCESS_SCOPE or mark(node, LEARN_KEY)
     ]
+
+
+def mark(node: onnx.NodeProto, key: str) -> str:
+    """Return a node's mark of that key; "" where it has none."""
+    return next((p.value for p in node.metadata_props if p.key == key), "")
+
+
+def set_mark(node: onnx.NodeProto, key: str, value: str) -> None:
+    """Mark a node, in place."""
+    kept = [p for p in node.metadata_props if p.key != key]
+    del node.metadata_props[:]
+    node.metadata_props.extend(kept)
+    node.metadata_props.add(key=key, value=value)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

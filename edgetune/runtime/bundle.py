@@ -27,14 +27,17 @@ WEIGHTS_NAME = "weights.bin"
 GOLDENS_NAME = "goldens.npz"
 TOKENIZER_NAME = "tokenizer.json"
 DRIFT_NAME = "drift.npz"
+# what learning on the device starts from, and one step of its training
+LEARN_NAME = "learn.npz"
+STEP_NAME = "train.onnx"
 # a file that is read as a whole is no larger, nor are all together that opening hashes; weights
 # are mapped, not read
 MAX_READ_BYTES = 2**30
 # a file with holes can claim more than any disk holds, and hashing it would take days
 MAX_BUNDLE_BYTES = 2**36
 # what opening a bundle does not hash: weights, whose reading would make each start of the
-# device slower, and goldens, which nothing but the self-test reads
-UNHASHED = frozenset({WEIGHTS_NAME, GOLDENS_NAME})
+# device slower, and what a start does not read; it is hashed when it is read
+UNHASHED = frozenset({WEIGHTS_NAME, GOLDENS_NAME, LEARN_NAME, STEP_NAME})
 
 
 class Folder:

@@ -131,6 +131,28 @@ class Goldens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """What `train.onnx` trains, and how far it was from torch when it was made.
+
+    method: "head", "last:2", "norm", "bias:1", "lora", ... trainable: inputs of the inference
+    graph that have defaults; a dimension "classes" grows with the labels. inputs: raw inputs that
+    the step takes. latents: outputs of the inference graph that it takes. decayed: the trainable
+    ones that weight decay shrinks. gradients: what goes back through int8 weights.
+    checked_steps, worst_gradient: steps compared, and the largest relative error of a gradient.
+    """
+
+    method: str
+    optimizer: Literal["adamw", "sgd"]
+    gradients: Literal["float32", "int8"]
+    trainable: tuple[TensorSpec, ...]
+    inputs: tuple[str, ...]
+    latents: tuple[TensorSpec, ...]
+    decayed: tuple[str, ...]
+    checked_steps: int
+    worst_gradient: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything the runtime knows of a bundle before it opens the graph."""
 
@@ -151,6 +173,7 @@ class Manifest:
     reference: Evaluation
     goldens: Goldens
     files: dict[str, FileEntry]
+    training: TrainingStep | None = None
     overrides: tuple[str, ...] = ()
     edgetune_version: str
     digest: str = ""

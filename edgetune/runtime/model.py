@@ -18,6 +18,9 @@ from edgetune.runtime.tasks import open_task
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+    from edgetune.runtime.learn.learner import Learner
+    from edgetune.runtime.learn.state import State
+    from edgetune.runtime.learn.trainer import Trainer
     from edgetune.runtime.watch import Watch
 
 # how many batches' worth of encoded samples may wait for others that they can share one with
@@ -27,12 +30,18 @@ WAITING_BATCHES = 2
 class EdgeModel:
     """A bundle, ready to predict.
 
-    One object may be used from several threads: a session is thread-safe and nothing here
-    changes after loading. As a context manager it is closed at the end.
+    One object may be used from several threads: a session is thread-safe, and of what changes
+    after loading, the learned states, a prediction takes one and keeps to it. As a context manager
+    it is closed at the end.
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, watch: "Watch | None" = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        watch: "Watch | None" = None,
+        state: "State | None" = None,
     ) -> None:
         """Open the bundle's graph; `EdgeModel.load` is the way in."""
         check_version(bundle.manifest.compatibility)
@@ -42,6 +51,10 @@ class EdgeModel:
         check_graph(bundle, GRAPH_NAME)
         self._session = open_session(bundle, GRAPH_NAME, threads=threads)
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._state = state
+        self._adapters: dict[str, State | None] = {}
+        # what an answer needs: the watch looks at features too
+        self._asked = [n for n in self._outputs if n == "logits" or (n == "features" and watch)]
         self._check_names("inputs", self.manifest.inputs, self._session.get_inputs())
         self._check_names("outputs", self.manifest.outputs, self._session.get_outputs())
         self._executor: ThreadPoolExecutor | None = None
@@ -57,6 +70,7 @@ class EdgeModel:
         check: Literal["quick", "full"] = "quick",
         watch: str | Path | None = None,
         keep_inputs: int = 0,
+        learned: str | Path | None = None,
     ) -> Self:
         """Load the bundle in folder or zip `path`.
 
@@ -70,6 +84,8 @@ class EdgeModel:
                 scores, drift; see `runtime.watch`. None notes nothing.
             keep_inputs: how many texts or paths, those of the lowest scores, to note with each
                 window; nothing of the inputs is noted otherwise.
+            learned: folder in which this bundle has learned; its live state answers. None, or a
+                folder where the factory state is live: the bundle as it came.
 
         Raises:
             IntegrityError: the bundle is not what its manifest says.
@@ -84,12 +100,17 @@ class EdgeModel:
         try:
             if check == "full":
                 verify_files(bundle)
-            if watch is None:
-                return cls(bundle, threads=threads)
-            from edgetune.runtime.watch import Watch  # most models are not watched
+            state, noting = None, None
+            if learned is not None:
+                from edgetune.runtime.learn.state import open_state  # most models never learn
 
-            noting = Watch.open(watch, bundle, keep_inputs=keep_inputs)
-            return cls(bundle, threads=threads, watch=noting)
+                state = open_state(bundle, learned)
+            if watch is not None:
+                from edgetune.runtime.watch import Watch  # most models are not watched
+
+                labels = None if state is None else state.labels
+                noting = Watch.open(watch, bundle, keep_inputs=keep_inputs, labels=labels)
+            return cls(bundle, threads=threads, watch=noting, state=state)
         except BaseException:
             bundle.files.close()
             raise
@@ -134,10 +155,70 @@ class EdgeModel:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels, in the order of the graph's logits."""
-        return self.manifest.labels
+        """The labels that are predicted, in the order of the logits."""
+        return self.manifest.labels if self._state is None else self._state.labels
 
-    def predict(self, value: Any, *, all_scores: bool = False, timeout: float | None = None) -> Any:
+    @property
+    def state(self) -> "State | None":
+        """The learned state that answers; None where the bundle answers as it came."""
+        return self._state
+
+    def use(self, state: "State | None") -> None:
+        """Answer with this state from the next prediction on; None is the bundle as it came."""
+        self._state = state
+        if self._watch is not None:
+            self._watch.use_labels(self.labels, learned=state is not None)
+
+    def add_adapter(self, name: str, learned: str | Path) -> None:
+        """Hold what was learned in another folder besides, for `predict(x, adapter=name)`.
+
+        Raises:
+            ConfigError: there is no such folder, or it belongs to another bundle.
+            IntegrityError: it is damaged.
+        """
+        from edgetune.runtime.learn.state import open_state
+
+        self._adapters[name] = open_state(self.bundle, learned)
+
+    def learner(self, store: str | Path | None = None, **options: Any) -> "Learner":
+        """Return what teaches this model new samples and classes; see `Learner`.
+
+        Args:
+            store: folder to keep what is learned in; default: the bundle's name with ".learned",
+                beside it.
+            options: of `Learner.open`.
+
+        Raises:
+            ConfigError: the bundle was exported without what learning needs.
+            ResourceError: another process learns there.
+        """
+        from edgetune.runtime.learn.learner import Learner
+
+        return Learner.open(self, store, **options)
+
+    def trainer(self, store: str | Path | None = None, **options: Any) -> "Trainer":
+        """Return what trains this model's own tensors; see `Trainer`.
+
+        Args:
+            store: as of `learner`.
+            options: of `Trainer.open`.
+
+        Raises:
+            ConfigError: the bundle was exported without a training step.
+            ResourceError: another process learns there.
+        """
+        from edgetune.runtime.learn.trainer import Trainer
+
+        return Trainer.open(self, store, **options)
+
+    def predict(
+        self,
+        value: Any,
+        *,
+        all_scores: bool = False,
+        timeout: float | None = None,
+        adapter: str | None = None,
+    ) -> Any:
         """Return the result for one sample, or a list of results for a list of samples.
 
         Args:
@@ -147,15 +228,18 @@ class EdgeModel:
             all_scores: give the probability of every label too.
             timeout: longest time in seconds, for all samples together. The session is stopped
                 between two of the graph's nodes.
+            adapter: name of a learned state that `add_adapter` holds; None: the live one.
 
         Raises:
+            ConfigError: there is no such adapter.
             DataError: a sample is not what the task takes.
             PredictionTimeout: `timeout` seconds were not enough.
         """
+        state = self._state if adapter is None else self._adapter(adapter)
         if timeout is not None:
             with RunLimit(timeout) as limit:
-                return self._predict(value, all_scores, limit)
-        return self._predict(value, all_scores, None)
+                return self._predict(value, all_scores, limit, state)
+        return self._predict(value, all_scores, None, state)
 
     def predict_stream(
         self,
@@ -202,7 +286,7 @@ class EdgeModel:
                     if isinstance(item, EdgetuneError):
                         raise item
                     raw, arrays = item
-                    result = self._answer([arrays], [raw], all_scores, None)[0]
+                    result = self._answer([arrays], [raw], all_scores, None, self._state)[0]
                 except EdgetuneError as error:
                     if raises or self._session is None:
                         raise
@@ -224,7 +308,7 @@ class EdgeModel:
 
         def call() -> Any:
             limit.check()
-            return self._predict(value, all_scores, limit)
+            return self._predict(value, all_scores, limit, self._state)
 
         with self._closing:  # so that no thread is made that nobody ends
             self.session  # noqa: B018 - says that the model was closed
@@ -245,12 +329,15 @@ class EdgeModel:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run the graph on its own arrays (with batch axis) and return its outputs by name.
 
+        Nothing learned has a part in them, unless `inputs` has trainable tensors too.
+
         Raises:
             DataError: `inputs` is no table of name -> array.
         """
         if not isinstance(inputs, Mapping):
             raise DataError(f"expected a table of name -> array, got {type(inputs).__name__}")
-        return self._run(inputs, None)
+        values = run_session(self.session, self._outputs, inputs, None)
+        return dict(zip(self._outputs, values, strict=True))
 
     def outputs(self, sample: Any) -> dict[str, Any]:
         """Return the graph's raw outputs for one raw sample, batch axis of 1 kept."""
@@ -290,10 +377,18 @@ class EdgeModel:
             worst = max(worst, difference)
         return worst
 
-    def _predict(self, value: Any, all_scores: bool, limit: RunLimit | None) -> Any:
+    def _adapter(self, name: str) -> "State | None":
+        if name not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise ConfigError(f"adapter: no {name!r} was added with add_adapter; there is: {known}")
+        return self._adapters[name]
+
+    def _predict(
+        self, value: Any, all_scores: bool, limit: RunLimit | None, state: "State | None"
+    ) -> Any:
         if self.task.is_many(value):
-            return self._predict_many(list(value), all_scores, limit)
-        return self._answer([self.task.encode(value)], [value], all_scores, limit)[0]
+            return self._predict_many(list(value), all_scores, limit, state)
+        return self._answer([self.task.encode(value)], [value], all_scores, limit, state)[0]
 
     def _answer(
         self,
@@ -301,27 +396,42 @@ class EdgeModel:
         samples: Sequence[Any],
         all_scores: bool,
         limit: RunLimit | None,
+        state: "State | None",
     ) -> list[Any]:
         """Return the results of samples that share a batch; raw ones are for the watch."""
         begin = time.perf_counter()
-        outputs = self._run(self.task.stack(encoded), limit)
+        outputs = self._run(self.task.stack(encoded), limit, state)
+        labels = self.manifest.labels
+        if state is not None:
+            outputs["logits"], labels = state.logits(outputs), state.labels
         seconds = time.perf_counter() - begin
-        results = self.task.results(outputs, all_scores=all_scores)
+        results = self.task.results(outputs, labels, all_scores=all_scores)
         if self._watch is not None:
             self._watch.record(outputs, results, seconds, samples)
         return results
 
-    def _run(self, inputs: Mapping[str, Any], limit: RunLimit | None) -> dict[str, Any]:
-        values = run_session(self.session, self._outputs, inputs, limit)
-        return dict(zip(self._outputs, values, strict=True))
+    def _run(
+        self, inputs: Mapping[str, Any], limit: RunLimit | None, state: "State | None"
+    ) -> dict[str, Any]:
+        asked = self._asked
+        if state is not None:
+            inputs = {**inputs, **state.tensors}
+            if state.head is not None and "features" not in asked:
+                asked = ["features"]
+        values = run_session(self.session, asked, inputs, limit)
+        return dict(zip(asked, values, strict=True))
 
     def _predict_many(
-        self, samples: Sequence[Any], all_scores: bool, limit: RunLimit | None
+        self,
+        samples: Sequence[Any],
+        all_scores: bool,
+        limit: RunLimit | None,
+        state: "State | None",
     ) -> list[Any]:
         results: list[Any] = [None] * len(samples)
         for batch in self._batches(samples):
             raw = [samples[index] for index, _ in batch]
-            answers = self._answer([arrays for _, arrays in batch], raw, all_scores, limit)
+            answers = self._answer([arrays for _, arrays in batch], raw, all_scores, limit, state)
             for (index, _), answer in zip(batch, answers, strict=True):
                 results[index] = answer
         return results

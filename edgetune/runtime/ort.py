@@ -42,7 +42,12 @@ _LEVELS = {
 
 
 def open_session(
-    bundle: Bundle, name: str, *, threads: int | None = None, profile: Path | None = None
+    bundle: Bundle,
+    name: str,
+    *,
+    threads: int | None = None,
+    profile: Path | None = None,
+    patterns: bool = True,
 ) -> Any:
     """Return an `onnxruntime.InferenceSession` of a bundle's graph, set up as its manifest says.
 
@@ -51,6 +56,8 @@ def open_session(
         name: the graph's file.
         threads: overrides the manifest's thread count.
         profile: how the names of the profiles begin that its runs are to write.
+        patterns: allot the memory of a run as a whole, once for each shape of the inputs. Of many
+            shapes, each keeps its own.
 
     Raises:
         ConfigError: none of the execution providers is in this onnxruntime, the number of
@@ -75,6 +82,7 @@ def open_session(
     options.graph_optimization_level = _LEVELS[settings.graph_optimization]
     options.log_severity_level = 4  # what goes wrong is raised, and told once
     options.enable_cpu_mem_arena = settings.arena
+    options.enable_mem_pattern = patterns
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

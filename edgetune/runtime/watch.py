@@ -118,18 +118,46 @@ class Watch:
             )
         self.path = watch_file(path)
         self.lost = 0
-        self._digest, self._labels, self._baseline = digest, tuple(labels), baseline
-        self._index = {label: i for i, label in enumerate(labels)}
-        self._wide = baseline.space.mean.shape[0] if baseline and baseline.space else 0
+        self._digest, self._plain_size, self._factory_baseline = digest, window, baseline
         self._half, self._flush, self._keep = max_bytes // 2, flush_seconds, keep_inputs
         self._clock = clock
         self._collecting, self._writing = threading.Lock(), threading.Lock()
+        self._hold_against(labels, baseline)
+
+    def use_labels(self, labels: Sequence[str], *, learned: bool) -> None:
+        """Note answers of these labels from now on, after writing what was noted before.
+
+        The baseline describes what the bundle answered as it came: once that has learned, its
+        answers are counted and no longer held against it.
+        """
+        self.close()
+        with self._collecting:
+            self._hold_against(labels, None if learned else self._factory_baseline)
+
+    def _hold_against(self, labels: Sequence[str], baseline: Baseline | None) -> None:
+        self._labels, self._baseline = tuple(labels), baseline
+        self._index = {label: i for i, label in enumerate(labels)}
+        self._wide = baseline.space.mean.shape[0] if baseline and baseline.space else 0
+        self._size = baseline.window if baseline else self._plain_size
         self._window = _Window(self._size, self._wide)
         self._line = _Line()
 
     @classmethod
-    def open(cls, path: str | Path, bundle: Bundle, *, keep_inputs: int = 0) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        bundle: Bundle,
+        *,
+        keep_inputs: int = 0,
+        labels: Sequence[str] | None = None,
+    ) -> Self:
         """Watch what a bundle predicts, against the baseline that it carries, if any.
+
+        Args:
+            path: a folder, or a file that ends in ".jsonl".
+            bundle: that predicts.
+            keep_inputs: as of `Watch`.
+            labels: that it has learned to answer; None: it answers as it came.
 
         Raises:
             IntegrityError: its baseline can't be read or is another graph's.
@@ -137,8 +165,13 @@ class Watch:
         """
         _check_place(watch_file(path))
         baseline = bundle_baseline(bundle)
-        digest, labels = bundle.manifest.digest, bundle.manifest.labels
-        return cls(path, digest, labels, baseline=baseline, keep_inputs=keep_inputs)
+        digest = bundle.manifest.digest
+        watch = cls(
+            path, digest, bundle.manifest.labels, baseline=baseline, keep_inputs=keep_inputs
+        )
+        if labels is not None:
+            watch.use_labels(labels, learned=True)
+        return watch
 
     def record(
         self,

@@ -1,7 +1,7 @@
 """What a candidate loses against a reference on the same samples, and whether it may.
 
 Accuracy is compared by the samples on which the models differ (see
-edgetune.tasks.proportions), macro F1 by a paired bootstrap. A `verdict` reads "a loss of at
+edgetune.runtime.proportions), macro F1 by a paired bootstrap. A `verdict` reads "a loss of at
 most X" as "with 95 % confidence, at most X": the one-sided upper bound has to lie below X,
 which is the non-inferiority test at level 5 %.
 """
@@ -13,6 +13,14 @@ from typing import Literal
 
 import numpy as np
 
+from edgetune.runtime.proportions import (
+    CONFIDENCE,
+    MOST_SAMPLES,
+    check_share,
+    mcnemar_p,
+    samples_needed,
+    tango_bound,
+)
 from edgetune.tasks.metrics import (
     Counts,
     FloatArray,
@@ -27,15 +35,7 @@ from edgetune.tasks.metrics import (
     percentile_interval,
     resample,
 )
-from edgetune.tasks.proportions import (
-    CONFIDENCE,
-    MOST_SAMPLES,
-    check_share,
-    mcnemar_p,
-    samples_needed,
-    tango_bound,
-    tango_interval,
-)
+from edgetune.tasks.proportions import tango_interval
 
 GatedMetric = Literal["accuracy", "f1_macro"]
 # a drop of exactly the limit is not over it for the last bit of a mean

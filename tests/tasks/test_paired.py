@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, log_loss
 
 from edgetune.errors import ConfigError, DataError
+from edgetune.runtime.proportions import (
+    mcnemar_p,
+    samples_affording,
+    samples_needed,
+    tango_bound,
+)
 from edgetune.runtime.records import from_mapping, to_mapping
 from edgetune.tasks.metrics import classification_report
 from edgetune.tasks.paired import Comparison, compare, paired_bootstrap, verdict
-from edgetune.tasks.proportions import mcnemar_p, samples_needed, tango_bound, tango_interval
+from edgetune.tasks.proportions import tango_interval
 
 Z_95 = 1.6448536269514722  # one-sided 95 %, from tables
 TABLES = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 60)).filter(sum)
@@ -171,6 +177,22 @@ def test_268_samples_without_a_difference_show_a_loss_below_1_point():
     assert samples_needed(0.01) == 268
     assert samples_needed(0.02) == 133  # 132.57
     assert samples_needed(1.0) == 1
+
+
+def test_a_higher_confidence_needs_more_samples():
+    # 1.959964^2 (1 - 0.02) / 0.02 = 188.2
+    assert samples_needed(0.02, confidence=0.975) == 189
+
+
+def test_samples_affording_are_where_the_bound_crosses_the_drop():
+    for lost, expected in ((0, 133), (1, 222), (2, 300), (3, 373)):
+        assert samples_affording(0.02, lost) == expected
+        assert tango_bound(lost, 0, expected) <= 0.02 < tango_bound(lost, 0, expected - 1)
+    assert samples_affording(0.02, 2, confidence=0.975) > 300
+    assert samples_affording(1.0, 4) == 4
+    assert samples_affording(0.0, 0) is None
+    with pytest.raises(DataError, match="-1 lost"):
+        samples_affording(0.02, -1)
 
 
 def test_samples_needed_are_the_fewest_at_the_same_rates():

@@ -12,6 +12,11 @@ COMMANDS = {
     "run": ("edgetune.runtime.cli.run:command", "Predict for texts or images."),
     "serve": ("edgetune.runtime.cli.serve:command", "Answer over HTTP."),
     "serve-stdin": ("edgetune.runtime.cli.serve_stdin:command", "Answer line by line."),
+    "learn": ("edgetune.runtime.cli.learn:command", "Teach it samples and classes."),
+    "export-learned": (
+        "edgetune.runtime.cli.export_learned:command",
+        "Write what it learned to a file, to send home.",
+    ),
     "drift": ("edgetune.runtime.cli.drift:command", "Say what a device has seen of late."),
     "pack": ("edgetune.runtime.cli.pack:pack", "Make one file of a bundle's folder."),
     "unpack": ("edgetune.runtime.cli.pack:unpack", "Make a folder of a bundle's file."),

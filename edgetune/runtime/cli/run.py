@@ -8,7 +8,7 @@ import click
 
 from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.lines import lines
-from edgetune.runtime.cli.options import ALL_SCORES, BUNDLE, JSON, WATCH
+from edgetune.runtime.cli.options import ALL_SCORES, BUNDLE, JSON, LEARNED, WATCH
 from edgetune.runtime.records import to_mapping
 
 
@@ -17,14 +17,20 @@ from edgetune.runtime.records import to_mapping
 @click.argument("inputs", nargs=-1, required=True)
 @ALL_SCORES
 @WATCH
+@LEARNED
 @JSON
 def command(
-    bundle: Path, inputs: tuple[str, ...], all_scores: bool, watch: Path | None, as_json: bool
+    bundle: Path,
+    inputs: tuple[str, ...],
+    all_scores: bool,
+    watch: Path | None,
+    learned: Path | None,
+    as_json: bool,
 ) -> None:
     """Predict for INPUTS: texts, or paths of images; "-" reads one a line from standard input."""
     from edgetune.runtime.model import EdgeModel
 
-    with EdgeModel.load(bundle, watch=watch) as model:
+    with EdgeModel.load(bundle, watch=watch, learned=learned) as model:
         for sample in _samples(inputs):
             result = model.predict(sample, all_scores=all_scores)
             if as_json:

@@ -35,8 +35,10 @@ class DeviceTask(Protocol):
     def stack(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Join encoded samples of one group into a batch, axis 0 added."""
 
-    def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Any]:
-        """Turn a batch's outputs into one result a sample."""
+    def results(
+        self, outputs: dict[str, Any], labels: Sequence[str], *, all_scores: bool
+    ) -> list[Any]:
+        """Turn a batch's outputs, whose logits are of `labels`, into one result a sample."""
 
 
 def open_task(bundle: Bundle) -> DeviceTask:

@@ -26,8 +26,7 @@ class ImageClassification:
     """Decodes images; the graph takes pixels as they are."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Take the labels from the manifest."""
-        self.labels = bundle.manifest.labels
+        """Need nothing of the bundle."""
 
     def is_many(self, value: Any) -> bool:
         """Say whether `value` is a list of images or a 4-D array rather than one image."""
@@ -59,9 +58,11 @@ class ImageClassification:
             return {"image": encoded[0]["image"][None]}  # a frame of a camera is not copied
         return {"image": np.stack([e["image"] for e in encoded])}
 
-    def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
+    def results(
+        self, outputs: dict[str, Any], labels: Sequence[str], *, all_scores: bool
+    ) -> list[Classification]:
         """Return one `Classification` a sample."""
-        return classify(outputs.get("logits"), self.labels, all_scores=all_scores)
+        return classify(outputs.get("logits"), labels, all_scores=all_scores)
 
 
 def decode_image(source: Any) -> Pixels:

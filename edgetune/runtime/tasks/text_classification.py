@@ -27,7 +27,6 @@ class TextClassification:
 
     def __init__(self, bundle: Bundle) -> None:
         """Load the tokenizer; see `open_tokenizer` for the errors."""
-        self.labels = bundle.manifest.labels
         self.options = from_mapping(
             TextOptions, bundle.manifest.options, where="manifest: options", error=IntegrityError
         )
@@ -89,9 +88,11 @@ class TextClassification:
             mask[row, :length] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def results(self, outputs: dict[str, Any], *, all_scores: bool) -> list[Classification]:
+    def results(
+        self, outputs: dict[str, Any], labels: Sequence[str], *, all_scores: bool
+    ) -> list[Classification]:
         """Return one `Classification` a sample."""
-        return classify(outputs.get("logits"), self.labels, all_scores=all_scores)
+        return classify(outputs.get("logits"), labels, all_scores=all_scores)
 
 
 def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
