@@ -26,7 +26,7 @@ Step = Callable[[], float]
 Build = Callable[[], Step]
 
 LR, WEIGHT_DECAY, BETAS, EPS = 5e-4, 0.01, (0.9, 0.999), 1e-8
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
+LORA = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
 
 
 def main() -> None:
@@ -36,7 +36,6 @@ def main() -> None:
     serving = commands.add_parser("serve")
     serving.add_argument("contender", choices=CONTENDERS)
     serving.add_argument("--folder", type=Path, required=True)
-    serving.add_argument("--bundle", type=Path, help="edgetune's: has train.onnx")
     serving.add_argument("--threads", type=int, default=1)
     serving.add_argument("--spin", type=int, choices=(0, 1), default=0)
     writing = commands.add_parser("artifacts")
@@ -311,8 +310,9 @@ def plain_road(given: argparse.Namespace) -> Build:
     return build
 
 
-def _session(ort: Any, path: Path, given: argparse.Namespace) -> Any:
+def _session(ort: Any, path: Path, given: argparse.Namespace, *, patterns: bool = True) -> Any:
     options = ort.SessionOptions()
+    options.enable_mem_pattern = patterns
     options.intra_op_num_threads = given.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -323,40 +323,65 @@ def _session(ort: Any, path: Path, given: argparse.Namespace) -> Any:
 # -- edgetune ------------------------------------------------------------------------------
 
 
-def edgetune(given: argparse.Namespace) -> Build:
-    """Return edgetune's step of a bundle's train.onnx."""
-    import edgetune.runtime.ort  # noqa: F401  (switches telemetry off)
+def edgetune(precision: str, *, kept: bool = False) -> Callable[[argparse.Namespace], Build]:
+    """Return what runs edgetune's step, as the device's trainer does.
 
-    def build() -> Step:
-        return edgetune_step(given.bundle, given)
-
-    return build
-
-
-def edgetune_step(bundle: Path, given: argparse.Namespace) -> Step:
-    """Open `bundle`/train.onnx and return its step.
-
-    Inputs: the batch's; targets (batch, classes); sample_weight (batch,); scalars lr,
-    weight_decay, t (steps, this one included), weight_sum; for each trainable NAME: NAME,
-    NAME.grad, NAME.m, NAME.v. All but token ids and images are float32. Outputs: loss, and
-    NAME.out, NAME.m.out, NAME.v.out, which the next step is fed.
+    Args:
+        precision: of the frozen part, "fp32" or "int8".
+        kept: the frozen part's results are kept from an earlier epoch; else they are part of
+            every step.
     """
+
+    def contender(given: argparse.Namespace) -> Build:
+        import edgetune.runtime.ort  # noqa: F401  (switches telemetry off)
+
+        def build() -> Step:
+            return edgetune_step(given.folder / f"edgetune-{precision}", given, kept=kept)
+
+        return build
+
+    return contender
+
+
+def edgetune_step(folder: Path, given: argparse.Namespace, *, kept: bool) -> Step:
+    """Open train.onnx, and model.onnx where it hands something over, and return the step."""
     import numpy as np
 
     from edgetune.runtime.ort import onnxruntime as ort
 
-    session = _session(ort, bundle / "train.onnx", given)
+    session = _session(ort, folder / "train.onnx", given, patterns=False)
     shapes = {i.name: i.shape for i in session.get_inputs()}
     trainable = [name.removesuffix(".m") for name in shapes if name.endswith(".m")]
-    batch = [name for name in (*case_of(given.folder)["inputs"], "image") if name in shapes]
-    feeds = arrays_of(given.folder, *batch, "targets", *trainable)
-    size = len(feeds["targets"])
+    case = case_of(given.folder)
+    raw = arrays_of(given.folder, *case["inputs"], "targets")
+    size = len(raw["targets"])
+    with np.load(folder / "trainable.npz") as stored:
+        feeds = {name: stored[name] for name in trainable}
     for name in trainable:
         for suffix in ("grad", "m", "v"):
             feeds[f"{name}.{suffix}"] = np.zeros_like(feeds[name])
     feeds["sample_weight"] = np.ones(size, np.float32)
     numbers = {"lr": LR, "weight_decay": WEIGHT_DECAY, "weight_sum": size}
     feeds |= {name: np.array(value, np.float32) for name, value in numbers.items()}
+    feeds |= {name: raw[name] for name in raw if name in shapes}
+    latents = json.loads((folder / "latents.json").read_text())
+    frozen = _session(ort, folder / "model.onnx", given) if latents else None
+    # the frozen part has the names of edgetune's own inputs
+    inputs = {"image": raw["pixels"]} if "pixels" in raw else {}
+
+    only = ort.RunOptions()
+    only.only_execute_path_to_fetches = True
+
+    def look() -> None:
+        # one sample at a time, as the trainer does: it needs less memory
+        parts = [
+            frozen.run(latents, {n: v[i : i + 1] for n, v in inputs.items()}, only)
+            for i in range(size)
+        ]
+        feeds.update(zip(latents, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+    if frozen is not None:
+        look()
     feeds = {name: array for name, array in feeds.items() if name in shapes}
     outputs = ["loss", *(f"{n}{s}.out" for n in trainable for s in ("", ".m", ".v"))]
     steps = 0
@@ -364,10 +389,12 @@ def edgetune_step(bundle: Path, given: argparse.Namespace) -> Step:
     def step() -> float:
         nonlocal steps
         steps += 1
+        if frozen is not None and not kept:
+            look()
         feeds["t"] = np.array(steps, np.float32)
-        loss, *state = session.run(outputs, feeds)
+        loss, *state = session.run(outputs, feeds, only)
         feeds.update(zip((o.removesuffix(".out") for o in outputs[1:]), state, strict=True))
-        return float(loss)
+        return float(loss) / size
 
     return step
 
@@ -376,7 +403,9 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], Build]] = {
     "torch eager": torch_eager,
     "onnxruntime-training": onnxruntime_training,
     "plain road": plain_road,
-    "edgetune": edgetune,
+    "edgetune fp32": edgetune("fp32"),
+    "edgetune int8": edgetune("int8"),
+    "edgetune int8, kept": edgetune("int8", kept=True),
 }
 
 

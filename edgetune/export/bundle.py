@@ -26,6 +26,7 @@ from edgetune.export.drift import write_baseline
 from edgetune.export.learning import (
     canary_note,
     check_learning,
+    describe_learning,
     plan_learning,
     save_learning,
     write_material,
@@ -346,10 +347,12 @@ class _Exporter:
             report = check_learning(
                 shop.learn, chosen.source.model, compiled, shop.device_task, self.laboratory.val
             )
-            training = save_learning(chosen.folder, shop.learn, compiled, report)
-        edge = EdgeModel.load(self.laboratory.faithful(chosen))
+            training = describe_learning(shop.learn, compiled, report)
         train, val = shop.dataset.splits["train"], self.laboratory.val
-        lacks = write_material(chosen.folder, edge, train, val, training, say=self.say)
+        with EdgeModel.load(self.laboratory.faithful(chosen)) as edge:
+            lacks = write_material(chosen.folder, edge, train, val, training, say=self.say)
+        if compiled is not None:
+            save_learning(chosen.folder, compiled)
         path, most = chosen.folder / LEARN_NAME, self.request.budgets.max_size_mib
         size = sum(p.stat().st_size for p in chosen.folder.iterdir())
         if lacks is None and most and size > most * 2**20:

@@ -193,7 +193,7 @@ def test_a_bundle_gets_its_baseline_and_is_watched_by_it(word_bundle, seal, tmp_
     for texts in (sentences(32).inputs, ["good"] * 32):
         for text in texts:
             outputs = edge.outputs(text)
-            watch.record(outputs, edge.task.results(outputs, all_scores=False), 0.001)
+            watch.record(outputs, edge.task.results(outputs, edge.labels, all_scores=False), 0.001)
     usual, drifted = read_watch(tmp_path / "watch")
     assert usual.alarms == ()
     assert {"scores", "classes"} <= set(drifted.alarms)

@@ -178,6 +178,8 @@ def compare(hint: Any, schema: dict[str, Any], where: str) -> None:
             assert all(s == {"type": "string"} for s in schema["properties"].values()), where
     elif origin is Literal:
         assert schema["enum"] == list(args), where
+    elif origin in (Union, types.UnionType) and dataclasses.is_dataclass(args[0]):
+        compare(args[0], schema, where)  # left out where there is none
     elif origin in (Union, types.UnionType):
         assert set(schema["type"]) == {TYPES[a] for a in args}, where
     else:
