@@ -64,6 +64,10 @@ OPTIMIZERS: "tuple[Optimizer, ...]" = ("adamw", "sgd")
     "--learn-optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
     help="Optimizer of the training step.",
 )  # fmt: skip
+@click.option(
+    "--learn-projection", type=int, metavar="WIDTH",
+    help="Project features to so many, with a ReLU, before their statistics.",
+)  # fmt: skip
 @click.option("--name", default="", help="The bundle's name.  [default: the run's]")
 @click.option("--release", type=int, default=1, show_default=True, help="Release counter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -72,7 +76,8 @@ def command(
     max_class_drop: float | None, max_latency_ms: float | None, max_size_mib: float | None,
     max_rss_mib: float | None, search: "Search", time_budget: float | None,
     rungs: tuple[str, ...], allow: tuple[str, ...], learn: str, learn_rank: int,
-    learn_optimizer: "Optimizer", name: str, release: int, as_json: bool,
+    learn_optimizer: "Optimizer", learn_projection: int | None, name: str, release: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Turn a run into a bundle: merged, quantized, checked and measured.
 
@@ -99,7 +104,8 @@ def command(
             max_drop=max_drop, max_class_drop=max_class_drop, max_latency_ms=max_latency_ms,
             max_size_mib=max_size_mib, max_rss_mib=max_rss_mib, search=search,
             time_budget_s=time_budget, allow=allow, learn=learn, learn_rank=learn_rank,
-            learn_optimizer=learn_optimizer, name=name, release=release, on_stage=say,
+            learn_optimizer=learn_optimizer, learn_projection=learn_projection, name=name,
+            release=release, on_stage=say,
         )  # fmt: skip
     if as_json:
         echo_json(_as_json(result))

@@ -26,6 +26,7 @@ from edgetune.export.drift import write_baseline
 from edgetune.export.learning import (
     canary_note,
     check_learning,
+    check_projection,
     describe_learning,
     plan_learning,
     save_learning,
@@ -111,6 +112,7 @@ def export(
     learn: str = STATISTICS,
     learn_rank: int = DEFAULT_RANK,
     learn_optimizer: Optimizer = "adamw",
+    learn_projection: int | None = None,
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -146,6 +148,8 @@ def export(
             "lora", each of these three for the last N blocks with ":N", by a training step; "none".
         learn_rank: of LoRA.
         learn_optimizer: of the training step, "adamw" or "sgd" with momentum.
+        learn_projection: features go through a fixed random projection to so many, and a ReLU,
+            before their statistics are taken; None for no projection.
         name: the bundle's name; default: the run folder's.
         release: the bundle's release counter, 1 or more.
         on_stage: called with what is being done.
@@ -166,6 +170,7 @@ def export(
     )
     check_allowed(allow)
     _learn_request(learn, learn_rank)
+    check_projection(learn_projection)
     if output is not None:
         _check_arguments(output, release, time_budget_s)
     run = open_run(run_folder)
@@ -183,6 +188,7 @@ def export(
         learn=learn,
         learn_rank=learn_rank,
         learn_optimizer=learn_optimizer,
+        learn_projection=learn_projection,
         name=name,
         release=release,
         on_stage=on_stage,
@@ -204,6 +210,7 @@ def export_run(
     learn: str = STATISTICS,
     learn_rank: int = DEFAULT_RANK,
     learn_optimizer: Optimizer = "adamw",
+    learn_projection: int | None = None,
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -234,7 +241,7 @@ def export_run(
             fp32_will_do=precision in ("auto", "fp32") and (not rungs or "fp32" in rungs),
         )
         exporter = _Exporter(Laboratory(shop, workplace, name, release), wanted, output)
-        exporter.learns = learn != NOTHING
+        exporter.learns, exporter.projection = learn != NOTHING, learn_projection
         return exporter.export(chosen_rungs)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written: {error}") from error
@@ -251,6 +258,7 @@ class _Exporter:
         self.request, self.output = request, output
         self.notes: list[str] = []
         self.learns = False
+        self.projection: int | None = None
 
     def export(self, rungs: list[Rung]) -> ExportResult:
         begin = time.monotonic()
@@ -350,7 +358,10 @@ class _Exporter:
             training = describe_learning(shop.learn, compiled, report)
         train, val = shop.dataset.splits["train"], self.laboratory.val
         with EdgeModel.load(self.laboratory.faithful(chosen)) as edge:
-            lacks = write_material(chosen.folder, edge, train, val, training, say=self.say)
+            lacks = write_material(
+                chosen.folder, edge, train, val, training,
+                projection=self.projection, say=self.say,
+            )  # fmt: skip
         if compiled is not None:
             save_learning(chosen.folder, compiled)
         path, most = chosen.folder / LEARN_NAME, self.request.budgets.max_size_mib

@@ -19,6 +19,7 @@ from edgetune.autodiff.backward import Gradients
 from edgetune.autodiff.learnable import Learnable, LearnRequest, prepare, release
 from edgetune.autodiff.step import Optimizer, Step, compile_step
 from edgetune.data import Split
+from edgetune.errors import ConfigError
 from edgetune.export.graph import save_graphs
 from edgetune.export.step_check import StepReport, Tolerances, TrainSpec, check_step
 from edgetune.export.workshop import Say, spread
@@ -44,6 +45,9 @@ LATENT_BYTES = 2**20
 MOST_CANARIES = 1000
 # training samples whose features make the statistics
 MOST_SAMPLES = 4000
+# of projected features: a head takes their cube in time, their square in memory
+MOST_FEATURES = 8192
+PROJECTION_SEED = 0
 RIDGE_FACTORS = (1.0, 10.0, 100.0)
 SMALLEST_MARGIN = 0.02
 CHECKED_STEPS = 24
@@ -217,6 +221,16 @@ def save_learning(folder: Path, compiled: Compiled) -> None:
     save_graphs({GRAPH_NAME: compiled.model, STEP_NAME: compiled.step.model}, folder)
 
 
+def check_projection(width: int | None) -> None:
+    """Refuse a projection to a width that no device solves a head of.
+
+    Raises:
+        ConfigError: it is out of bounds.
+    """
+    if width is not None and not 1 <= width <= MOST_FEATURES:
+        raise ConfigError(f"learn_projection: expected 1 to {MOST_FEATURES}, got {width}")
+
+
 def write_material(
     folder: Path,
     edge: EdgeModel,
@@ -224,7 +238,7 @@ def write_material(
     val: Split,
     training: TrainingStep | None,
     *,
-    projection: Projection | None = None,
+    projection: int | None = None,
     say: Say = lambda _: None,
 ) -> str | None:
     """Write learn.npz into a draft bundle; its manifest has to be written after.
@@ -235,7 +249,7 @@ def write_material(
         train: samples whose features the statistics are of.
         val: samples that the model was not trained on, for the canary.
         training: the step that the bundle has, if any.
-        projection: of features, before the statistics.
+        projection: how many features the graph's are projected to, before the statistics.
         say: is told what is being done.
 
     Returns:
@@ -263,7 +277,10 @@ def write_material(
     classes = np.array([index[train.labels[i]] for i in rows], np.int64)
     replayed = _replayed(classes, rows, most)
     features, _, replay = _look(edge, train, rows, training, keep=replayed)
-    place = (lambda x: x) if projection is None else projection.apply
+    planned = None
+    if projection is not None:
+        planned = Projection(width_in=width, width=projection, seed=PROJECTION_SEED)
+    place = (lambda x: x) if planned is None else planned.apply
     stats = add(empty(place(features[:1]).shape[1], labels), place(features), classes)
     prior = compress(stats, PRIOR_BYTES + 4 * len(labels) * stats.width)
     material = Material(
@@ -273,7 +290,7 @@ def write_material(
         canary_answers=answers,
         ridge_factor=_ridge_factor(expand(prior), place(canary), truth),
         margin=_margin(len(truth)),
-        projection=projection,
+        projection=planned,
         canary_latents=latents,
         replay_latents=replay,
         replay_classes=np.array(
