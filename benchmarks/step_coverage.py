@@ -51,7 +51,6 @@ from edgetune.tasks.graph import SplitClassifier
 REQUESTS = ("head", "last:1", "last:2", "norm", "bias", "lora", "lora:2")
 CLASSES, WORDS, PIXELS = 5, 99, 64
 STEPS = 20
-SEEDS = 4
 # gradients and losses are measured, so nothing is too far off; the optimizer is held to the rule
 TOLERANCES = Tolerances(loss=math.inf, gradient=math.inf)
 ENCODER = {
@@ -101,12 +100,11 @@ the trainable tensors, compilation of train.onnx. Then {STEPS} optimizer steps (
 batches, zero and soft targets' weights, accumulation) are held against torch's autograd.
 
 A number is the worst gradient's distance from torch: the largest of all its elements' differences,
-over the largest element of that gradient. Roundings of float32 are 1e-7 to 1e-5. A value next to a
-kink (0 before a ReLU, the middle between two int8 codes) may fall on its other side in the two
-programs, and then a gradient is off by far more; so whatever is above {Tolerances().gradient:.0e}
-is tried on up to {SEEDS} seeds of weights and samples, and the best one counts: what is derived
-wrongly is wrong on all. Where there is no number there is no train.onnx of that kind, for the
-reason below the table."""
+over the largest element of that gradient, of {STEPS} steps the worst. Roundings of float32 are 1e-7
+to 1e-5. A value next to a kink (0 before a ReLU, two equal places of a MaxPool, the middle between
+two int8 codes) may fall on its other side in the two programs, and then single elements are off
+by far more: 1e-3 to 1e-1 in some cells of networks with ReLUs. Where there is no number there is no
+train.onnx of that kind, for the reason below the table."""
 IMAGES = frozenset({"vit", "mobilenet_v1", "mobilenet_v2", "resnet"})
 
 
@@ -301,17 +299,10 @@ def _try(
     check = TrainSpec(
         trainable=step.trainable, inputs=inputs, optimizer=step.optimizer, decayed=step.decayed
     )
-    reports = []
-    for seed in range(SEEDS):
-        reports.append(
-            check_step(
-                step.model, learnable.model, check, batches=batches, steps=STEPS, seed=seed,
-                tolerances=TOLERANCES,
-            )
-        )  # fmt: skip
-        if reports[-1].worst_gradient < Tolerances().gradient:
-            break
-    return min(reports, key=lambda report: report.worst_gradient), len(step.trainable)
+    report = check_step(
+        step.model, learnable.model, check, batches=batches, steps=STEPS, tolerances=TOLERANCES
+    )
+    return report, len(step.trainable)
 
 
 def _is_target(family: Family) -> Callable[[str], bool]:

@@ -189,7 +189,7 @@ class Laboratory:
 
     def device_task(self, built: Built, source: Source) -> DeviceTask:
         """Return the device half of the task, by way of a first draft."""
-        return EdgeModel.load(self._draft("fp32", built.model, built, source)).task
+        return EdgeModel.load(self._draft("task", built.model, built, source)).task
 
     def _as_on_device(self, built: Built) -> tuple[onnx.ModelProto, Arithmetic]:
         """Return the graph that answers here as the profile's CPU answers."""

@@ -110,7 +110,7 @@ def test_a_long_list_of_unlike_sizes_is_not_held_in_memory_at_once(model, monkey
     events = []
     encode, run = model.task.encode, model._run
     monkeypatch.setattr(model.task, "encode", lambda s: (events.append("encode"), encode(s))[1])
-    monkeypatch.setattr(model, "_run", lambda i, limit: (events.append("run"), run(i, limit))[1])
+    monkeypatch.setattr(model, "_run", lambda *a: (events.append("run"), run(*a))[1])
     results = model.predict([np.zeros((1, 1 + i, 3), np.uint8) for i in range(20)])
     assert len(results) == 20
     assert events[:9] == ["encode"] * 8 + ["run"]
@@ -296,6 +296,6 @@ def test_a_batch_holds_no_more_samples_than_the_manifest_allows(color_bundle, se
     model = EdgeModel.load(color_bundle)
     batches = []
     run = model._run
-    model._run = lambda inputs, _: (batches.append(inputs["image"].shape[0]), run(inputs, _))[1]
+    model._run = lambda *a: (batches.append(a[0]["image"].shape[0]), run(*a))[1]
     model.predict([solid(RED)] * 3)
     assert batches == [1, 1, 1]

@@ -35,12 +35,16 @@ ASIDE_SHOWN = 5
 @click.option("--erase", is_flag=True, help="Like --reset, and remove all that was learned.")
 @click.option("--history", is_flag=True, help="List what was committed.")
 @click.option("--no-commit", is_flag=True, help="Take the samples in, change no answer yet.")
+@click.option(
+    "--margin", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="Accuracy on the canary that may be lost.  [default: what the bundle's own head costs]",
+)  # fmt: skip
 @click.option("--no-screen", is_flag=True, help="Take samples that look unlike their label too.")
 @JSON
 def command(
     bundle: Path, label: str | None, samples: tuple[str, ...], learned: Path | None, remove: bool,
     forget: bool, undo: bool, reset: bool, erase: bool, history: bool, no_commit: bool,
-    no_screen: bool, as_json: bool,
+    margin: float | None, no_screen: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Teach BUNDLE that SAMPLES are LABEL, which may be a new class.
 
@@ -57,9 +61,14 @@ def command(
     Exits with 5 where the guard refused: the answers are those of before.
     """  # noqa: D301
     _check_flags(label, samples, remove, forget, (undo, reset, erase, history))
+    from edgetune.runtime.learn.guard import Rules
     from edgetune.runtime.model import EdgeModel
 
-    with EdgeModel.load(bundle) as model, model.learner(learned, screen=not no_screen) as learner:
+    rules = None if margin is None else Rules(margin=margin, factory_margin=max(0.05, margin))
+    with (
+        EdgeModel.load(bundle) as model,
+        model.learner(learned, screen=not no_screen, rules=rules) as learner,
+    ):
         if history:
             _show_history(learner, as_json)
         elif undo:
@@ -128,7 +137,11 @@ def _teach(
     else:
         _show_receipt(receipt, learner, classes)
     if not receipt.accepted:
-        raise GateError("refused, and dropped: " + " ".join(receipt.reasons))
+        raise GateError(
+            "refused, and dropped: "
+            + " ".join(receipt.reasons)
+            + " To allow a larger loss: --margin SHARE"
+        )
 
 
 def read_samples(model: "EdgeModel", given: Sequence[str]) -> list[str]:

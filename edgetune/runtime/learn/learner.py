@@ -60,6 +60,7 @@ from edgetune.runtime.learn.statistics import (
     within,
 )
 from edgetune.runtime.learn.store import Generation, Store
+from edgetune.runtime.proportions import tango_bound
 
 if TYPE_CHECKING:
     from edgetune.runtime.model import EdgeModel
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 Float32Array = npt.NDArray[np.float32]
 
 KIND = "head"
+# accuracy that learning may cost beyond what a head solved anew does
+HEAD_ALLOWANCE = 0.015
 # fewer held-out samples than this choose no ridge: the bundle's own factor does
 FEWEST_TO_CHOOSE = 30
 
@@ -141,7 +144,7 @@ class Learner(Guarded):
         opened = open_store(model.bundle, store, KIND)
         try:
             return cls(
-                model, opened, material, rules=rules or default_rules(material), balance=balance,
+                model, opened, material, rules=rules or head_rules(material), balance=balance,
                 screen=screen, flood=flood,
             )  # fmt: skip
         except BaseException:
@@ -577,6 +580,28 @@ def _end_of(generation: Generation) -> int:
     if type(end) is not int or not math.isfinite(end):
         raise IntegrityError(f"generation {generation.number}: its receipt has no end of journal")
     return end
+
+
+def head_rules(material: Material) -> Rules:
+    """Return rules by which a head can be promoted at all.
+
+    A head that is solved anew is not the factory's: it answers some of the canary otherwise before
+    it has learned anything. What that costs, with the confidence of the guard, and
+    `HEAD_ALLOWANCE` more may be lost, and no less than what the canary can prove.
+    """
+    prior, projection = expand(material.prior), material.projection
+    features = material.canary_features
+    if not len(features) or not prior.samples:
+        return default_rules(material)
+    ridge = regularisation(prior) * material.ridge_factor
+    placed = features if projection is None else projection.apply(features)
+    answers = solve(prior, ridge=ridge).scores(placed).argmax(axis=1)
+    before = material.canary_answers == material.canary_classes
+    after = answers == material.canary_classes
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    cost = tango_bound(lost, gained, len(features))
+    margin = max(material.margin, math.ceil(1e3 * (cost + HEAD_ALLOWANCE)) / 1e3)
+    return Rules(margin=margin, factory_margin=max(0.05, margin))
 
 
 def _batches(records: Sequence[Record]) -> list[list[Record]]:
