@@ -117,9 +117,6 @@ def compile_step(
     units = find_units(lowered.graph.node, fixed)
     tensors = find_shapes(lowered, runs, [*raw, *_made(lowered)])
     wanted = _depending(units, trainable, tensors)
-    for name in trainable:
-        if name not in wanted:
-            raise ConfigError(f"{name!r} cannot be trained: nothing that is real comes of it")
     if logits not in wanted:
         raise ConfigError(f"{logits}: does not depend on what is to be trained")
     upper = _needed(units, [logits], set())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.errors import ConfigError, GateError
+from edgetune.errors import ConfigError, DataError, GateError
 from edgetune.runtime.cli.lazy import printable
 from edgetune.runtime.cli.options import BUNDLE, JSON
 from edgetune.runtime.records import to_mapping
@@ -149,13 +149,19 @@ def read_samples(model: "EdgeModel", given: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: a folder has no image.
+        DataError: a .txt file is not there, or is no UTF-8 text.
     """
     text = "input_ids" in {spec.name for spec in model.manifest.inputs}
     found: list[str] = []
     for value in given:
         path = Path(value)
-        if text and value.endswith(".txt") and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+        if text and value.endswith(".txt") and " " not in value:
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except FileNotFoundError as error:  # its name would be taught as a text
+                raise DataError(f"{value}: no such file; a text may not end in .txt") from error
+            except UnicodeDecodeError as error:
+                raise DataError(f"{value}: is no UTF-8 text: {error}") from error
             found += [line for line in lines if line.strip()]
         elif not text and path.is_dir():
             images = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGES)
