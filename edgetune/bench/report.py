@@ -17,19 +17,33 @@ import numpy as np
 from edgetune.bench import page
 from edgetune.config import SelectionMetric
 from edgetune.errors import DataError
+from edgetune.runtime.files import write_atomic
+from edgetune.tasks.calibration import (
+    BoolArray,
+    ReliabilityBin,
+    SelectiveCurve,
+    reliability,
+    selective_curve,
+)
 from edgetune.tasks.curves import (
     BLUE,
+    GREEN,
     INK,
+    MUTED,
+    VERMILION,
     History,
     best_epoch,
     curves_figure,
     figure_style,
-    write_whole,
 )
-from edgetune.tasks.metrics import ClassificationReport, ClassScores, Interval
+from edgetune.tasks.metrics import ClassificationReport, ClassScores, FloatArray, Interval
+from edgetune.tasks.slices import Group, SliceReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from edgetune.bench.evaluate import Kept
+    from edgetune.bench.explain import Explanation
 
 # largest numbers of classes whose confusion matrix is drawn, and whose counts are printed
 DRAWN_CLASSES = 40
@@ -60,6 +74,27 @@ class Mistake:
     confidence: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Confidence:
+    """How sure the model was of each answer.
+
+    scores: probability of the predicted class, (samples,). right: whether that was the true one.
+    kept: what a bundle that abstains makes of it.
+    """
+
+    scores: FloatArray
+    right: BoolArray
+    kept: "Kept | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """A mistake that is explained, and the class that would have been right."""
+
+    explanation: "Explanation"
+    truth: str
+
+
 def write_report(
     path: Path,
     *,
@@ -70,6 +105,9 @@ def write_report(
     mistakes: Sequence[Mistake],
     history: History | None,
     metric: SelectionMetric = "accuracy",
+    confidence: Confidence | None = None,
+    slices: Sequence[SliceReport] = (),
+    explained: Sequence[Explained] = (),
 ) -> None:
     """Write a self-contained HTML report; whole or not at all.
 
@@ -82,6 +120,9 @@ def write_report(
         mistakes: shown with the most confident first.
         history: one mapping an epoch, as `curves_figure` takes it; None or empty for none.
         metric: what chose the best epoch.
+        confidence: how sure it was, drawn against how right it was.
+        slices: groups of samples, one section a column.
+        explained: mistakes, in the order to show.
 
     Raises:
         DataError: `labels` are not those of `report`, a mistake's image is not PNG, or
@@ -100,11 +141,17 @@ def write_report(
         _training(history, metric) if history else "",
         _confusion(report, labels),
         _classes(report),
+        *[_slices(s) for s in slices],
+        _confidence(confidence) if confidence is not None else "",
         _mistakes(mistakes, report),
+        _explanations(explained),
         _GLOSSARY,
     ]
-    content = page.document(title=title, kicker="Evaluation report", sections=sections)
-    write_whole(path, content.encode("utf-8"))
+    style = ""
+    if explained:
+        from edgetune.bench.explain_page import STYLE as style  # noqa: N811
+    content = page.document(title=title, kicker="Evaluation report", sections=sections, style=style)
+    write_atomic(path, content.encode("utf-8"))
 
 
 def _summary(report: ClassificationReport) -> str:
@@ -278,6 +325,133 @@ def _class_row(scores: ClassScores) -> str:
     )
 
 
+def _slices(report: SliceReport) -> str:
+    intervals = [g.accuracy for g in report.groups]
+    low, high = _axis(intervals)
+    rows = "\n".join(_group_row(g, low, high) for g in report.groups)
+    small = sum(g.small for g in report.groups)
+    sentences = [_gap(report)]
+    if small:
+        sentences.append(
+            f"{page.count(small, 'group')} of fewer than {page.count(report.min_samples, 'sample')}"
+            " (in grey) took no part in that comparison."
+        )
+    return page.section(
+        f"Groups by {report.column}, weakest first",
+        f"""<p>{" ".join(s for s in sentences if s)}</p>
+<div class="scroll"><table>
+<thead><tr><th scope="col">Group</th><th scope="col" class="n">Samples</th>
+<th scope="col" class="n">Accuracy</th><th scope="col" class="n">95% interval</th>
+<th scope="col" class="n">Macro F1</th><th scope="col" class="n">95% interval</th>
+<th scope="col" class="wide axis"><span>{low:.0%}</span><span>{high:.0%}</span></th></tr></thead>
+<tbody>
+{rows}
+</tbody></table></div>""",
+    )
+
+
+def _group_row(group: Group, low: float, high: float) -> str:
+    kind = ' class="absent"' if group.small else ""
+    return (
+        f'<tr{kind}><th scope="row">{page.name(group.value)}</th>'
+        f'<td class="n">{group.samples:,}</td>'
+        f'<td class="n">{page.percent(group.accuracy.value)}</td>'
+        f'<td class="n">{_range(group.accuracy)}</td>'
+        f'<td class="n">{page.percent(group.f1_macro.value)}</td>'
+        f'<td class="n">{_range(group.f1_macro)}</td>'
+        f'<td class="wide">{_whisker(group.accuracy, low, high)}</td></tr>'
+    )
+
+
+def _gap(report: SliceReport) -> str:
+    gap = report.gap
+    if gap is None:
+        return "Fewer than two groups are large enough to be compared."
+    d = gap.difference
+    return (
+        f"Accuracy on <strong>{page.name(gap.best)}</strong> is {100 * d.value:.1f} points above"
+        f" that on <strong>{page.name(gap.worst)}</strong> (95% bootstrap interval"
+        f" {100 * d.low:.1f} to {100 * d.high:.1f}). Were all groups answered equally well, chance"
+        f" would part them so far in {page.percent(gap.p_value)} of cases."
+    )
+
+
+def _confidence(confidence: Confidence) -> str:
+    curve = selective_curve(confidence.scores, confidence.right)
+    bins = reliability(confidence.scores, confidence.right)
+    kept = confidence.kept
+    figure = _confidence_figure(bins, curve, kept)
+    element = page.svg(figure, "confidence", "Reliability, and accuracy of the surest answers")
+    caption = (
+        "Left: accuracy of the answers of like confidence; on the line, confidence is a"
+        " probability. Right: accuracy of the surest answers, by the share of samples that are"
+        f" answered; area under the risk-coverage curve {curve.area:.4f} (0 is best)."
+    )
+    text = ""
+    if kept is not None:
+        text = (
+            f"<p>This bundle abstains below score {kept.threshold:.4f}:"
+            f" {page.percent(kept.coverage)} of these samples are answered"
+        )
+        if kept.accuracy is not None:
+            text += (
+                f", {page.percent(kept.accuracy.value)} of them rightly (95% interval"
+                f" {_range(kept.accuracy)}; {page.percent(kept.wanted)} was asked for)"
+            )
+        text += ".</p>\n"
+    return page.section("Confidence", text + page.captioned(element, caption))
+
+
+def _confidence_figure(
+    bins: Sequence[ReliabilityBin], curve: SelectiveCurve, kept: "Kept | None"
+) -> "Figure":
+    with figure_style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.8, 2.9), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.set_title("Reliability")
+        left.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (3, 3)))
+        most = max(b.samples for b in bins)
+        left.plot(
+            [b.confidence for b in bins], [b.accuracy for b in bins], color=BLUE, linewidth=1.0
+        )
+        left.scatter(
+            [b.confidence for b in bins], [b.accuracy for b in bins], color=BLUE,
+            s=[8 + 60 * b.samples / most for b in bins], zorder=3,
+        )  # fmt: skip
+        left.set_xlabel("confidence")
+        left.set_ylabel("accuracy")
+        left.set_xlim(0, 1.03)
+        left.set_ylim(0, 1.03)
+        right.set_title("Accuracy of the surest answers")
+        right.plot(curve.coverage, curve.accuracy, color=GREEN, drawstyle="steps-post")
+        right.set_xlabel("share answered")
+        right.set_xlim(0, 1.03)
+        lowest = float(curve.accuracy.min())
+        right.set_ylim(max(0.0, lowest - 0.1), 1.0 + 0.03 * (1.1 - lowest))
+        if kept is not None:
+            right.axvline(
+                kept.coverage, color=VERMILION, linewidth=1.0, linestyle=(0, (3, 3)),
+                label=f"score {kept.threshold:.3f}",
+            )  # fmt: skip
+            right.axhline(
+                kept.wanted, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)), label="asked for"
+            )
+            right.legend(loc="best", fontsize=9)
+        for axis in (left.xaxis, left.yaxis, right.xaxis, right.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    return figure
+
+
+def _explanations(explained: Sequence[Explained]) -> str:
+    if not explained:
+        return ""
+    from edgetune.bench.explain_page import cards
+
+    return cards([e.explanation for e in explained], [e.truth for e in explained])
+
+
 def _mistakes(mistakes: Sequence[Mistake], report: ClassificationReport) -> str:
     if not mistakes:
         return ""
@@ -401,5 +575,7 @@ samples are drawn again, with replacement. It covers chance in these samples, no
 kind.</dd>
 <dt>Calibration error</dt><dd>Expected calibration error, 15 bins: by how many percentage points
 the stated confidence misses the accuracy, on average.</dd>
+<dt>Groups</dt><dd>Intervals of their accuracy are exact (Clopper-Pearson), those of macro F1
+bootstraps; macro F1 is the mean over the classes that occur in the group.</dd>
 </dl>
 </section>"""

@@ -18,16 +18,24 @@ from edgetune.data import (
     Kind,
     Problem,
     Spread,
+    Target,
+    ValueSpread,
     check_dataset,
     check_kinds,
     load_dataset,
 )
+from edgetune.data.split import LABEL_SEPARATOR
 from edgetune.errors import DataError
 from edgetune.runtime.records import to_mapping
 
-KIND_OF_TASK: Mapping[str, Kind] = {
-    "image-classification": "image",
-    "text-classification": "text",
+# what the samples of each task are, and what their labels
+TASKS: Mapping[str, tuple[Kind, Target]] = {
+    "image-classification": ("image", "classes"),
+    "image-multilabel-classification": ("image", "multilabel"),
+    "image-regression": ("image", "values"),
+    "text-classification": ("text", "classes"),
+    "text-multilabel-classification": ("text", "multilabel"),
+    "text-regression": ("text", "values"),
 }
 SHOWN_CLASSES = 30
 SHOWN_IGNORED = 5
@@ -40,15 +48,19 @@ def group() -> None:
 
 @group.command("check")
 @click.argument("path")
-@click.option(
-    "--task", type=click.Choice(list(KIND_OF_TASK)), required=True, help="what the data is for"
-)
+@click.option("--task", type=click.Choice(list(TASKS)), required=True, help="what the data is for")
 @click.option("--val", default="", help="validation data; else what PATH holds, else held out")
 @click.option("--test", default="", help="test data; else what PATH holds")
 @click.option(
     "--input-column", default="", help="column with the text or image path (default: text or image)"
 )
 @click.option("--label-column", default="label", show_default=True, help="column with the label")
+@click.option(
+    "--label-separator",
+    default=LABEL_SEPARATOR,
+    show_default=True,
+    help="multilabel: what stands between two labels of a sample",
+)
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 0.9, min_open=True),
@@ -75,6 +87,7 @@ def check(
     test: str,
     input_column: str,
     label_column: str,
+    label_separator: str,
     val_fraction: float,
     min_per_class: int,
     allow: tuple[str, ...],
@@ -85,7 +98,7 @@ def check(
 
     PATH is a folder of class folders of images; a folder with train/, and optionally val/ and
     test/, of such folders; a CSV, TSV, JSONL or Parquet file; or a folder with train.csv, and
-    optionally val.csv and test.csv.
+    optionally val.csv and test.csv. Several labels a sample, and numbers, take a table.
 
     Every image is decoded and every text compared: unreadable files, missing labels, classes
     with too few samples, labels spelt in several ways, and samples that are in the training
@@ -95,6 +108,7 @@ def check(
     Kinds of errors, and what it means to allow them:
       unreadable, empty, missing-label, unknown-label    training leaves the samples out
       one-class, few-samples, leak, label-variants       training uses the data as they are
+      constant-value                                     nothing: training refuses such data
 
     Exits 0 where there is nothing worse than warnings, and 3 where there are errors.
 
@@ -107,14 +121,17 @@ def check(
       edgetune data check photos/ --task image-classification --allow unreadable
     """  # noqa: D301  click wants the control character
     check_kinds(allow)
+    kind, target = TASKS[task]
     source = DataSource(
-        kind=KIND_OF_TASK[task],
+        kind=kind,
         data=path,
         val=val,
         test=test,
         input_column=input_column,
         label_column=label_column,
         val_fraction=val_fraction,
+        target=target,
+        label_separator=label_separator,
     )
     dataset = load_dataset(source)
     report = check_dataset(
@@ -138,25 +155,44 @@ def _print_report(
 ) -> None:
     held = {"val": " (held out of the training data)"} if report.held_out else {}
     counts = ", ".join(f"{name} {n}{held.get(name, '')}" for name, n in report.samples.items())
-    click.echo(f"{path}: {report.kind}, classes: {len(dataset.labels)}")
+    what = {
+        "classes": f"classes: {len(dataset.labels)}",
+        "multilabel": f"labels: {len(dataset.labels)}, any number of them a sample",
+        "values": "numbers",
+    }[report.target]
+    click.echo(f"{path}: {report.kind}, {what}")
     click.echo(f"samples: {counts}\n")
-    _print_classes(report, shown)
+    if report.values is not None:
+        _print_values(report.values)
+    else:
+        _print_classes(dataset, report, shown)
     _print_sizes(report)
     _print_ignored(report)
     _print_problems(report, allow)
 
 
-def _print_classes(report: DataReport, shown: int | None) -> None:
+def _print_values(values: Mapping[str, ValueSpread]) -> None:
+    echo_table(
+        ["values", "min", "median", "95 %", "max", "mean", "std"],
+        [
+            [name, *(f"{x:.6g}" for x in (v.minimum, v.median, v.p95, v.maximum, v.mean, v.std))]
+            for name, v in values.items()
+        ],
+    )
+    click.echo()
+
+
+def _print_classes(dataset: Dataset, report: DataReport, shown: int | None) -> None:
     names = sorted({label for row in report.classes.values() for label in row})
     splits = list(report.classes)
     rows: list[list[object]] = [
         [_printable(label), *(report.classes[s].get(label, 0) for s in splits)]
         for label in names[:shown]
     ]
-    blank = [report.samples[s] - sum(report.classes[s].values()) for s in splits]
+    blank = [sum(not names for names in dataset.splits[s].names) for s in splits]
     if any(blank):
         rows.append(["(no label)", *blank])
-    echo_table(["class", *splits], rows)
+    echo_table(["label" if report.target == "multilabel" else "class", *splits], rows)
     if shown is not None and len(names) > shown:
         click.echo(f"... and {len(names) - shown} more (--all lists them)")
     click.echo()

@@ -9,10 +9,13 @@ from edgetune.cli.output import echo_json, echo_table
 
 if TYPE_CHECKING:
     from edgetune.autodiff.step import Optimizer
+    from edgetune.bench.evaluate import AnyAnswers
     from edgetune.export import ExportResult
     from edgetune.export.bundle import PrecisionChoice
     from edgetune.export.candidate import Candidate
     from edgetune.export.climb import Search
+    from edgetune.runtime.manifest import Metric
+    from edgetune.tasks.metrics import Interval
 
 PRECISIONS: "tuple[PrecisionChoice, ...]" = ("auto", "fp32", "fp16", "int8", "int4")
 SEARCHES: "tuple[Search, ...]" = ("first", "pareto")
@@ -68,6 +71,15 @@ OPTIMIZERS: "tuple[Optimizer, ...]" = ("adamw", "sgd")
     "--learn-projection", type=int, metavar="WIDTH",
     help="Project features to so many, with a ReLU, before their statistics.",
 )  # fmt: skip
+@click.option(
+    "--calibrate/--no-calibrate", default=True, show_default=True,
+    help="Fit a temperature on the validation split, which makes scores probabilities.",
+)  # fmt: skip
+@click.option(
+    "--abstain", type=float, metavar="ACCURACY",
+    help="Mark answers of low score as abstained, so that the others are so accurate (0.98) on the"
+    " validation split, with 95 % confidence.",
+)  # fmt: skip
 @click.option("--name", default="", help="The bundle's name.  [default: the run's]")
 @click.option("--release", type=int, default=1, show_default=True, help="Release counter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -76,8 +88,8 @@ def command(
     max_class_drop: float | None, max_latency_ms: float | None, max_size_mib: float | None,
     max_rss_mib: float | None, search: "Search", time_budget: float | None,
     rungs: tuple[str, ...], allow: tuple[str, ...], learn: str, learn_rank: int,
-    learn_optimizer: "Optimizer", learn_projection: int | None, name: str, release: int,
-    as_json: bool,
+    learn_optimizer: "Optimizer", learn_projection: int | None, calibrate: bool,
+    abstain: float | None, name: str, release: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn a run into a bundle: merged, quantized, checked and measured.
 
@@ -91,6 +103,7 @@ def command(
       edgetune export runs/photos --profile x86-64-avx2 --max-drop 0.01 --max-size-mib 4
       edgetune export runs/intents --search pareto --time-budget 1800
       edgetune export runs/intents --learn lora
+      edgetune export runs/intents --abstain 0.98
 
     Exits with 5, and writes no bundle, where no graph answers as the trained model does within
     the budgets.
@@ -104,14 +117,15 @@ def command(
             max_drop=max_drop, max_class_drop=max_class_drop, max_latency_ms=max_latency_ms,
             max_size_mib=max_size_mib, max_rss_mib=max_rss_mib, search=search,
             time_budget_s=time_budget, allow=allow, learn=learn, learn_rank=learn_rank,
-            learn_optimizer=learn_optimizer, learn_projection=learn_projection, name=name,
-            release=release, on_stage=say,
+            learn_optimizer=learn_optimizer, learn_projection=learn_projection,
+            calibrate=calibrate, abstain=abstain, name=name, release=release, on_stage=say,
         )  # fmt: skip
     if as_json:
         echo_json(_as_json(result))
         return
     click.echo("candidates, on the validation split:")
-    echo_table(LADDER, ladder_rows(result))
+    is_value = result.torch.accuracy is None
+    echo_table(VALUE_LADDER if is_value else LADDER, ladder_rows(result))
     click.echo()
     echo_comparison(result)
     click.echo(f"\n{result.report.verdict}")
@@ -137,6 +151,9 @@ LADDER = (
     "p95 ms",
 )
 COMPARISON = ("model", "accuracy", "95 % interval", "size MiB", "latency p50 ms")
+# of a regression: R2 on the ladder, the mean absolute error with its interval beside
+VALUE_LADDER = tuple("R2" if name == "accuracy" else name for name in LADDER)
+VALUE_COMPARISON = tuple("MAE" if name == "accuracy" else name for name in COMPARISON)
 
 
 def ladder_rows(result: "ExportResult") -> list[tuple[object, ...]]:
@@ -162,12 +179,17 @@ def echo_comparison(result: "ExportResult") -> None:
     """Print torch, the fp32 graph and the bundle side by side."""
     shown = result.torch.split
     click.echo(f"on {len(shown.labels)} {shown.name} samples:")
-    echo_table(COMPARISON, comparison_rows(result))
+    echo_table(comparison_titles(result), comparison_rows(result))
+
+
+def comparison_titles(result: "ExportResult") -> tuple[str, ...]:
+    """Return the titles of `comparison_rows`."""
+    return COMPARISON if result.torch.accuracy is not None else VALUE_COMPARISON
 
 
 def comparison_rows(result: "ExportResult") -> list[tuple[object, ...]]:
-    """Return one row for torch, fp32 and the bundle each: accuracy, size, latency."""
-    torch = result.torch.report().accuracy
+    """Return one row for torch, fp32 and the bundle each: accuracy or MAE, size, latency."""
+    torch = _headline(result.torch)
     rows: list[tuple[object, ...]] = [
         (
             "fp32 torch", round(torch.value, 4), f"{torch.low:.4f} to {torch.high:.4f}",
@@ -177,9 +199,16 @@ def comparison_rows(result: "ExportResult") -> list[tuple[object, ...]]:
     return rows + [_row(c) for c in result.candidates if c.answers is not None]
 
 
+def _headline(answers: "AnyAnswers") -> "Interval | Metric":
+    found = answers.accuracy
+    if found is None:
+        return answers.evaluation().metrics["mae"]
+    return found
+
+
 def _row(candidate: "Candidate") -> tuple[object, ...]:
     assert candidate.answers is not None
-    accuracy = candidate.answers.report().accuracy
+    accuracy = _headline(candidate.answers)
     return (
         f"{candidate.rung.name} onnx", round(accuracy.value, 4),
         f"{accuracy.low:.4f} to {accuracy.high:.4f}",
@@ -196,8 +225,13 @@ def _as_json(result: "ExportResult") -> dict[str, object]:
         "chosen": result.chosen.rung.name,
         "profile": result.profile,
         "parity": result.parity,
-        "candidates": [dict(zip(COMPARISON, row, strict=True)) for row in comparison_rows(result)],
+        "candidates": [
+            dict(zip(comparison_titles(result), row, strict=True))
+            for row in comparison_rows(result)
+        ],
         "search": to_mapping(result.report),
         "report": str(result.report_path),
+        "calibration": result.calibration and to_mapping(result.calibration),
+        "abstention": result.abstention and to_mapping(result.abstention),
         "notes": list(result.notes),
     }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -39,10 +39,15 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Callable[[F], F]:
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
     words = choices(field.name)
+    many = get_origin(hint) is tuple
+    if words and many:
+        return click.option(
+            flag, field.name, type=click.Choice(words), multiple=True, default=None,
+            help=text + " (may be repeated)",
+        )  # fmt: skip
     if words:
         return click.option(flag, field.name, type=click.Choice(words), default=None, help=text)
     types = [a for a in (*get_args(hint), hint) if a in (int, float, str)]
-    many = hint == tuple[str, ...]
     return click.option(
         flag,
         field.name,

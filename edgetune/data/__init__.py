@@ -10,8 +10,10 @@ from edgetune.data.report import (
     Problem,
     Spread,
     TextSizes,
+    ValueSpread,
 )
-from edgetune.data.split import Kind, Split
+from edgetune.data.split import Kind, Split, Target, labels_of
+from edgetune.data.targets import Scale, class_counts, encode_targets, scale_of
 
 __all__ = [
     "REMEDIES",
@@ -22,12 +24,19 @@ __all__ = [
     "ImageSizes",
     "Kind",
     "Problem",
+    "Scale",
     "Split",
     "Spread",
+    "Target",
     "TextSizes",
+    "ValueSpread",
     "accept",
     "check_dataset",
     "check_kinds",
+    "class_counts",
+    "encode_targets",
+    "labels_of",
     "load_dataset",
     "read_split",
+    "scale_of",
 ]

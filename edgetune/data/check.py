@@ -10,6 +10,8 @@ from edgetune.data.dataset import Dataset
 from edgetune.data.evidence import gather
 from edgetune.data.report import REMEDIES, SAMPLE_KINDS, DataReport, Problem
 from edgetune.data.sample_problems import SAMPLE_FINDERS
+from edgetune.data.split import labels_of
+from edgetune.data.value_problems import VALUE_FINDERS, value_spreads
 from edgetune.errors import ConfigError, DataError
 from edgetune.runtime.records import nearest
 
@@ -32,20 +34,23 @@ def check_dataset(
     """
     contents = read_contents(dataset, progress)
     evidence = gather(dataset, contents, min_per_class)
-    problems = [p for find in (*SAMPLE_FINDERS, *CLASS_FINDERS) for p in find(evidence)]
+    finders = VALUE_FINDERS if dataset.target == "values" else CLASS_FINDERS
+    problems = [p for find in (*SAMPLE_FINDERS, *finders) for p in find(evidence)]
     splits = dataset.splits
     return DataReport(
         kind=dataset.kind,
         held_out=dataset.held_out,
         samples={name: len(s.inputs) for name, s in splits.items()},
         classes={
-            name: dict(sorted(Counter(x for x in s.labels if x.strip()).items()))
+            name: dict(sorted(Counter(x for names in s.names for x in names).items()))
             for name, s in splits.items()
         },
         text=contents.text,
         image=contents.image,
         ignored=tuple(path for s in splits.values() for path in s.ignored),
         problems=tuple(sorted(problems, key=lambda p: p.severity != "error")),
+        target=dataset.target,
+        values=value_spreads(evidence) if dataset.target == "values" else None,
     )
 
 
@@ -87,8 +92,7 @@ def accept(
         splits[name] = split.take(i for i in range(len(split.inputs)) if i not in indices)
         if not splits[name].inputs:
             raise DataError(f"{name}: none of its {len(split.inputs)} samples can be used")
-    labels = tuple(sorted(set(splits["train"].labels)))
-    return replace(dataset, labels=labels, splits=splits), tuple(left_out)
+    return replace(dataset, labels=labels_of(splits["train"]), splits=splits), tuple(left_out)
 
 
 def check_kinds(allow: Sequence[str]) -> None:

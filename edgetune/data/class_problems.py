@@ -27,7 +27,11 @@ IMBALANCE = 20  # largest class over smallest
 
 def _one_class(evidence: Evidence) -> Iterator[Problem]:
     counts = evidence.counts["train"]
-    if len(counts) < 2:
+    if evidence.dataset.target == "multilabel":
+        if not counts:
+            message = "the training data needs at least 1 label, and has none"
+            yield Problem(kind="one-class", severity="error", count=0, message=message)
+    elif len(counts) < 2:
         there = f"only {next(iter(counts))!r}" if counts else "none"
         yield Problem(
             kind="one-class",
@@ -50,7 +54,9 @@ def _few_samples(evidence: Evidence) -> Iterator[Problem]:
             count=len(few),
             message=f"{counted(len(few), 'class')} with fewer than {evidence.min_per_class}"
             f" training samples{held}: {listed(few, lambda x: f'{x!r} ({counts[x]})')}",
-            examples=examples(train, [i for i, x in enumerate(train.labels) if x in set(few)]),
+            examples=examples(
+                train, [i for i, names in enumerate(train.names) if not set(few).isdisjoint(names)]
+            ),
         )
 
 
@@ -61,9 +67,9 @@ def _unknown_label(evidence: Evidence) -> Iterator[Problem]:
 
 def _unknown_label_in(split: Split, evidence: Evidence) -> Iterator[Problem]:
     known = evidence.counts["train"]
-    bad = [i for i, x in enumerate(split.labels) if x.strip() and x not in known]
+    bad = [i for i, names in enumerate(split.names) if any(x not in known for x in names)]
     if bad:
-        labels = Counter(split.labels[i] for i in bad)
+        labels = Counter(x for i in bad for x in split.names[i] if x not in known)
         named = listed(list(labels), lambda x: f"{x!r} ({labels[x]}){_near(x, known)}")
         yield sample_error(
             "unknown-label",

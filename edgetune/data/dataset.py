@@ -1,5 +1,6 @@
 """A data set in its splits, and how it is found and read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -11,7 +12,7 @@ from edgetune.data.folders import (
     read_class_folders,
 )
 from edgetune.data.holdout import hold_out
-from edgetune.data.split import Kind, Split
+from edgetune.data.split import LABEL_SEPARATOR, Kind, Split, Target, labels_of
 from edgetune.data.tables import read_table
 from edgetune.errors import ConfigError, DataError
 from edgetune.runtime.records import nearest
@@ -23,7 +24,8 @@ class Dataset:
 
     Attributes:
         kind: of the inputs.
-        labels: class names of the training split, sorted; a blank label is none of them.
+        labels: class names of the training split, sorted; a blank label is none of them. Of values
+            the one output's name.
         splits: "train" and "val" always, "test" where there is one.
         held_out: whether "val" was held out of the training data.
     """
@@ -32,6 +34,11 @@ class Dataset:
     labels: tuple[str, ...]
     splits: dict[str, Split]
     held_out: bool
+
+    @property
+    def target(self) -> Target:
+        """What the labels are."""
+        return self.splits["train"].target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,9 @@ class DataSource:
         label_column: column of the label.
         val_fraction: share of the training data to hold out, 0 < val_fraction < 1.
         seed: of the choice of what is held out.
+        columns: further columns of the tables to read, for `Split.columns`.
+        target: what the labels are; several at once, and numbers, take a table.
+        label_separator: of multilabel, what stands between two labels.
     """
 
     kind: Kind
@@ -58,6 +68,9 @@ class DataSource:
     label_column: str = "label"
     val_fraction: float = 0.15
     seed: int = 0
+    columns: tuple[str, ...] = ()
+    target: Target = "classes"
+    label_separator: str = LABEL_SEPARATOR
 
 
 def load_dataset(source: DataSource) -> Dataset:
@@ -73,7 +86,7 @@ def load_dataset(source: DataSource) -> Dataset:
     if not source.data:
         raise ConfigError("data: not given; name a folder or a table")
     root = Path(source.data)
-    paths = _locate(root, source.kind)
+    paths = _locate(root, source.kind, source.target)
     paths |= {name: Path(p) for name, p in (("val", source.val), ("test", source.test)) if p}
     splits = {
         name: read_split(
@@ -82,6 +95,9 @@ def load_dataset(source: DataSource) -> Dataset:
             input_column=source.input_column,
             label_column=source.label_column,
             name=name,
+            columns=source.columns,
+            target=source.target,
+            separator=source.label_separator,
         )
         for name, path in paths.items()
     }
@@ -96,43 +112,52 @@ def load_dataset(source: DataSource) -> Dataset:
         )
     return Dataset(
         kind=source.kind,
-        labels=tuple(sorted({x for x in splits["train"].labels if x.strip()})),
+        labels=labels_of(splits["train"]),
         splits={name: splits[name] for name in ("train", "val", "test") if name in splits},
         held_out=held_out,
     )
 
 
-def read_split(path: Path, *, kind: Kind, input_column: str, label_column: str, name: str) -> Split:
+def read_split(
+    path: Path, *, kind: Kind, input_column: str, label_column: str, name: str,
+    columns: Sequence[str] = (), target: Target = "classes", separator: str = LABEL_SEPARATOR,
+) -> Split:  # fmt: skip
     """Read one table, or one folder of class folders of images, as the split `name`.
 
     Raises:
-        ConfigError: both columns have the same name.
-        DataError: `path` is absent, holds no data or several splits, or is malformed.
+        ConfigError: both columns have the same name, or a folder was asked for `columns`.
+        DataError: `path` is absent, holds no data or several splits, is malformed, or is a folder
+            of class folders where labels are not one class each.
         MissingExtraError: the file is Parquet and pyarrow is not installed.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
         return read_table(
-            path, kind=kind, input_column=input_column, label_column=label_column, name=name
-        )
+            path, kind=kind, input_column=input_column, label_column=label_column, name=name,
+            columns=columns, target=target, separator=separator,
+        )  # fmt: skip
     inside = find_split_tables(path)
     if kind == "image" and "train" not in inside:
         inside = find_split_folders(path)
     if inside:
         names = " or ".join(str(p) for p in inside.values())
         raise DataError(f"{path}: holds whole splits; name one of them: {names}")
-    if kind == "text":
+    if kind == "text" or target != "classes":
         raise DataError(f"{path}: is a folder; expected a CSV, TSV, JSONL or Parquet file")
+    if columns:
+        raise ConfigError(
+            f"{path}: is a folder, which has no column {columns[0]!r}; name a table of images"
+        )
     return read_class_folders(path, name=name)
 
 
-def _locate(root: Path, kind: Kind) -> dict[str, Path]:
+def _locate(root: Path, kind: Kind, target: Target) -> dict[str, Path]:
     """Return the path of each split that `root` holds; {"train": root} for a single one."""
     if not root.is_dir():
         return {"train": root}
     tables = find_split_tables(root)
-    if kind == "text":
+    if kind == "text" or target != "classes":
         if "train" not in tables:
             raise DataError(
                 f"{root}: no train.csv, .tsv, .jsonl or .parquet in this folder;"

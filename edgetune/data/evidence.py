@@ -37,8 +37,9 @@ def gather(dataset: Dataset, contents: Contents, min_per_class: int) -> Evidence
     counts = {
         name: Counter(
             label
-            for label, key in zip(split.labels, contents.keys[name], strict=True)
-            if key and label.strip()
+            for labels, key in zip(split.names, contents.keys[name], strict=True)
+            if key
+            for label in labels
         )
         for name, split in dataset.splits.items()
     }
@@ -52,7 +53,7 @@ def splits_of(evidence: Evidence) -> list[Split]:
 
 def label_counts(evidence: Evidence) -> Counter[str]:
     """Return label -> samples over all splits, whatever their inputs are."""
-    return Counter(x for s in splits_of(evidence) for x in s.labels if x.strip())
+    return Counter(x for s in splits_of(evidence) for names in s.names for x in names)
 
 
 def sample_error(
@@ -80,8 +81,8 @@ def examples_of_labels(evidence: Evidence, labels: set[str]) -> tuple[str, ...]:
     found = (
         where
         for split in splits_of(evidence)
-        for label, where in zip(split.labels, split.where, strict=True)
-        if label in labels
+        for names, where in zip(split.names, split.where, strict=True)
+        if not labels.isdisjoint(names)
     )
     return tuple(where for where, _ in zip(found, range(EXAMPLES), strict=False))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.data.split import Kind
+from edgetune.data.split import Kind, Target
 
 Severity = Literal["error", "warning"]
 
@@ -24,6 +24,8 @@ REMEDIES: Mapping[str, str] = {
     "imbalance": "add samples of the small classes, and judge by f1_macro",
     "unlabelled-class-in-val": "add samples of these classes to the validation data",
     "empty-class": "add images or remove the folder",
+    "constant-value": "give values that differ",
+    "far-value": "check that they are right, and in the unit of the others",
     "mixed-modes": "check that the device's images are of these modes too",
     "tiny-images": "check that they are meant to be so small",
 }
@@ -85,6 +87,18 @@ class ImageSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValueSpread:
+    """Numbers that are learned: their order statistics, as of `Spread`, mean and deviation."""
+
+    minimum: float
+    median: float
+    p95: float
+    maximum: float
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataReport:
     """What `check_dataset` found.
 
@@ -93,6 +107,8 @@ class DataReport:
         held_out: whether "val" was held out of the training data.
         samples: how many samples each split has.
         classes: split -> class -> samples; blank labels are not counted.
+        target: what the labels are.
+        values: split -> spread of its values, where labels are values.
         text: sizes of the texts; None for images, or where there is none.
         image: sizes of the images; None for texts, or where none can be read.
         ignored: paths in the folders that are no samples; a folder ends in "/".
@@ -107,6 +123,8 @@ class DataReport:
     image: ImageSizes | None = None
     ignored: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    target: Target = "classes"
+    values: dict[str, ValueSpread] | None = None
 
     @property
     def errors(self) -> tuple[Problem, ...]:

@@ -13,6 +13,7 @@ from edgetune.data.evidence import (
     sample_error,
     splits_of,
 )
+from edgetune.data.holdout import meaning
 from edgetune.data.report import Problem
 from edgetune.data.split import Split
 
@@ -52,7 +53,7 @@ def _missing_label(evidence: Evidence) -> Iterator[Problem]:
         (split.name, i)
         for split in splits_of(evidence)
         for i, label in enumerate(split.labels)
-        if not label.strip()
+        if not label.strip() and split.target != "multilabel"
     ]
     if bad:
         message = f"{counted(len(bad), 'sample')} without a label"
@@ -89,7 +90,7 @@ def _conflicting_labels_in(split: Split, evidence: Evidence) -> Iterator[Problem
     found = [
         group
         for group in _same_inputs(evidence, split)
-        if len({split.labels[i] for i in group if split.labels[i].strip()}) > 1
+        if len({meaning(split, i) for i in group if _is_labelled(split, i)}) > 1
     ]
     if found:
         first = listed(found[0], lambda i: f"{split.where[i]} {split.labels[i]!r}")
@@ -145,6 +146,10 @@ def _tiny_images(evidence: Evidence) -> Iterator[Problem]:
             message=f"{counted(len(tiny), 'image')} with a side of less than {TINY_SIDE} pixels",
             examples=tuple(split.where[i] for split, i in tiny[:EXAMPLES]),
         )
+
+
+def _is_labelled(split: Split, index: int) -> bool:
+    return bool(split.labels[index].strip()) or split.target == "multilabel"
 
 
 def _same_inputs(evidence: Evidence, split: Split) -> list[list[int]]:

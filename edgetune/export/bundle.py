@@ -14,7 +14,7 @@ import torch
 
 from edgetune.autodiff.learnable import DEFAULT_RANK, LearnRequest, parse_request
 from edgetune.autodiff.step import Optimizer
-from edgetune.bench.evaluate import Answers, answer_run
+from edgetune.bench.evaluate import Answers, AnyAnswers, answer_run
 from edgetune.bench.learning import bench_learning
 from edgetune.data import Dataset, Split
 from edgetune.errors import ConfigError, GateError, ResourceError
@@ -36,13 +36,15 @@ from edgetune.export.pack import CARD_NAME, discard, publish, write_manifest
 from edgetune.export.records import SearchReport
 from edgetune.export.report import ladder_markdown, write_reports
 from edgetune.export.rungs import FP32, Rung, rungs_for
+from edgetune.export.scores import abstention_sentence, calibrated, fit_abstention, fit_calibration
 from edgetune.export.search import Budgets, check_allowed
 from edgetune.export.summary import search_report
 from edgetune.export.workshop import Say, Workshop, spread
 from edgetune.profile import DeviceProfile, load_profile
 from edgetune.runtime.bundle import DRIFT_NAME, LEARN_NAME, open_bundle
-from edgetune.runtime.manifest import TrainingStep
+from edgetune.runtime.manifest import Abstention, Calibration, TrainingStep
 from edgetune.runtime.model import EdgeModel
+from edgetune.tasks.calibration import check_abstain
 from edgetune.tasks.paired import Comparison
 from edgetune.train.run import Run, open_run, run_dataset
 
@@ -65,6 +67,8 @@ class ExportResult:
     torch: its answers on the split that the candidates' `answers` are of.
     candidates: fp32 first, then every other that was tried, in the order of trying.
     chosen: the one that was shipped.
+    calibration: of its scores; None where they are as the network gives them.
+    abstention: from which score on it answers; None where that was not asked for.
     report: what `report.html` shows.
     report_path: where it lies.
     notes: what the user should know.
@@ -74,11 +78,13 @@ class ExportResult:
     profile: str
     size_bytes: int
     parity: float
-    torch: Answers
+    torch: AnyAnswers
     torch_latency_ms: float
     torch_size_bytes: int
     candidates: tuple[Candidate, ...]
     chosen: Candidate
+    calibration: Calibration | None = None
+    abstention: Abstention | None = None
     report: SearchReport
     report_path: Path
     notes: tuple[str, ...]
@@ -113,6 +119,8 @@ def export(
     learn_rank: int = DEFAULT_RANK,
     learn_optimizer: Optimizer = "adamw",
     learn_projection: int | None = None,
+    calibrate: bool = True,
+    abstain: float | None = None,
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -150,14 +158,18 @@ def export(
         learn_optimizer: of the training step, "adamw" or "sgd" with momentum.
         learn_projection: features go through a fixed random projection to so many, and a ReLU,
             before their statistics are taken; None for no projection.
+        calibrate: fit a temperature to the bundle's answers on the validation split, which makes
+            its scores probabilities; left out where it does not help. Labels stay the same.
+        abstain: accuracy, in (0, 1), that answers must have with 95 % confidence on the
+            validation split; those of too low a score are marked as abstained. None: no mark.
         name: the bundle's name; default: the run folder's.
         release: the bundle's release counter, 1 or more.
         on_stage: called with what is being done.
 
     Raises:
         ConfigError: an argument is wrong or the output exists.
-        GateError: the graph differs from torch, or no candidate meets every budget. No bundle is
-            written, but the report is.
+        GateError: the graph differs from torch, no candidate meets every budget, or no score
+            keeps answers as accurate as `abstain`. No bundle is written, but the report is.
     """
     # mistakes that can be told at once come before the work
     device = load_profile(profile)
@@ -171,6 +183,7 @@ def export(
     check_allowed(allow)
     _learn_request(learn, learn_rank)
     check_projection(learn_projection)
+    check_abstain(abstain)
     if output is not None:
         _check_arguments(output, release, time_budget_s)
     run = open_run(run_folder)
@@ -189,6 +202,8 @@ def export(
         learn_rank=learn_rank,
         learn_optimizer=learn_optimizer,
         learn_projection=learn_projection,
+        calibrate=calibrate,
+        abstain=abstain,
         name=name,
         release=release,
         on_stage=on_stage,
@@ -211,6 +226,8 @@ def export_run(
     learn_rank: int = DEFAULT_RANK,
     learn_optimizer: Optimizer = "adamw",
     learn_projection: int | None = None,
+    calibrate: bool = True,
+    abstain: float | None = None,
     name: str = "",
     release: int = 1,
     on_stage: Say | None = None,
@@ -221,6 +238,11 @@ def export_run(
     allowed = check_allowed(allow)
     _check_arguments(output, release, time_budget_s)
     request = _learn_request(learn, learn_rank)
+    check_abstain(abstain)
+    if run.task.target != "classes":
+        _refuse_of_classes(run, request, learn_projection, abstain)
+    if run.task.target == "values" and budgets is not None and budgets.max_class_drop is not None:
+        raise ConfigError(f"max_class_drop: {run.config.task} has no classes; leave it out")
     chosen_rungs = rungs_for(
         profile, run.family.int8, precision=precision, only=rungs, learning=request is not None
     )
@@ -242,6 +264,13 @@ def export_run(
         )
         exporter = _Exporter(Laboratory(shop, workplace, name, release), wanted, output)
         exporter.learns, exporter.projection = learn != NOTHING, learn_projection
+        if run.task.target != "classes" and exporter.learns:
+            exporter.learns = False
+            exporter.notes.append(
+                "a device cannot teach this bundle anything: that takes one class a sample, and"
+                f" {run.config.task} has not"
+            )
+        exporter.calibrates, exporter.abstain = calibrate, abstain
         return exporter.export(chosen_rungs)
     except OSError as error:
         raise ResourceError(f"{output}: cannot be written: {error}") from error
@@ -259,6 +288,10 @@ class _Exporter:
         self.notes: list[str] = []
         self.learns = False
         self.projection: int | None = None
+        self.calibrates = True
+        self.abstain: float | None = None
+        self.calibration: Calibration | None = None
+        self.abstention: Abstention | None = None
 
     def export(self, rungs: list[Rung]) -> ExportResult:
         begin = time.monotonic()
@@ -299,6 +332,8 @@ class _Exporter:
                 for c in climb.tried
             ),
             chosen=shipped,
+            calibration=self.calibration,
+            abstention=self.abstention,
             report=report,
             report_path=report_path,
             notes=(*climb.notes, *self.notes),
@@ -308,16 +343,19 @@ class _Exporter:
         self,
         chosen: Candidate,
         reference: Candidate,
-        torch: Answers,
+        torch: AnyAnswers,
         parity: float,
         report: SearchReport,
     ) -> int:
         """Complete the chosen draft and move it to its place; return its size in bytes."""
         assert chosen.answers is not None
         assert reference.answers is not None
+        self._settle_scores(chosen, chosen.answers)
         draft = open_bundle(chosen.folder).manifest
         manifest = dataclasses.replace(
             draft,
+            calibration=self.calibration,
+            abstention=self.abstention,
             device=dataclasses.replace(draft.device, peak_rss_mib=chosen.cost.peak_rss_mib),
             evaluation=chosen.answers.evaluation(),
             reference=reference.answers.evaluation(),
@@ -345,6 +383,19 @@ class _Exporter:
         size = open_bundle(chosen.folder).size_bytes
         publish(chosen.folder, self.output)
         return size
+
+    def _settle_scores(self, chosen: Candidate, shown: AnyAnswers) -> None:
+        """Fit the temperature and, where it was asked for, the threshold; of one class only."""
+        if not isinstance(chosen.gated, Answers) or not isinstance(shown, Answers):
+            return
+        if self.calibrates:
+            self.calibration, sentence = fit_calibration(chosen.gated)
+            self.notes.append(sentence)
+        if self.abstain is not None:
+            validated = calibrated(chosen.gated, self.calibration)
+            self.abstention = fit_abstention(validated, self.abstain)
+            again = calibrated(shown, self.calibration)
+            self.notes.append(abstention_sentence(self.abstention, validated, again))
 
     def _add_learning(self, chosen: Candidate) -> TrainingStep | None:
         """Add what learning on the device needs; return what the manifest says of its step."""
@@ -398,15 +449,41 @@ class _Exporter:
 
     def _add_baseline(self, chosen: Candidate) -> None:
         """Describe what the bundle answers, so that a device can tell drift from it."""
+        if not isinstance(chosen.gated, Answers):
+            self.notes.append(
+                "a device will see no drift with this bundle: that takes one class a sample, and"
+                f" {self.run.config.task} has not"
+            )
+            return
         self.say("describing its answers, to tell drift by")
         edge = EdgeModel.load(self.laboratory.faithful(chosen))
-        lacks = write_baseline(chosen.folder, edge, self.laboratory.val)
+        temperature = 1.0 if self.calibration is None else self.calibration.temperature
+        lacks = write_baseline(chosen.folder, edge, self.laboratory.val, temperature=temperature)
         path, most = chosen.folder / DRIFT_NAME, self.request.budgets.max_size_mib
         if lacks is None and most and chosen.size_bytes + path.stat().st_size > most * 2**20:
             path.unlink()
             lacks = f"it would be larger than {most:g} MiB"
         if lacks:
             self.notes.append(f"a device will see no drift of inputs with this bundle: {lacks}")
+
+
+def _refuse_of_classes(
+    run: Run, request: LearnRequest | None, projection: int | None, abstain: float | None
+) -> None:
+    """Refuse what is only there for one class a sample.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    for given, option in (
+        (request is not None, f"learn {request}"),
+        (projection is not None, "learn_projection"),
+        (abstain is not None, "abstain"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{option}: needs one class a sample, and {run.config.task} has not; leave it out"
+            )
 
 
 def _learn_request(learn: str, rank: int) -> LearnRequest | None:

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from edgetune.bench.answers import LabelAnswers, ValueAnswers, thresholds_of
 from edgetune.bench.database import find, graph_key, host_ratio
-from edgetune.bench.evaluate import Answers, answer_bundle, answers_of
+from edgetune.bench.evaluate import Answers, AnyAnswers, answer_bundle, answers_of
 from edgetune.bench.latency import bench
 from edgetune.data import Split
 from edgetune.export.cache import code_key, key_of, model_key, split_key, structure_key
@@ -30,6 +31,7 @@ from edgetune.runtime.manifest import Goldens, Manifest
 from edgetune.runtime.model import EdgeModel
 from edgetune.runtime.tasks import DeviceTask
 from edgetune.tasks.paired import Comparison, GatedMetric, Verdict, compare, verdict
+from edgetune.tasks.paired_targets import compare_labels, compare_values, value_verdict
 
 # the end of a draft's name whose graph is another CPU's arithmetic written out
 EMULATED = "-emulated"
@@ -69,7 +71,8 @@ class Candidate:
         gated: its answers on the validation split, computed as the profile's CPU would.
         arithmetic: how they were computed: "native", or "emulated: ...".
         cost: latency and memory.
-        comparison, verdict: against fp32; None for fp32 itself.
+        comparison, verdict: against fp32; None for fp32 itself. Of numbers there is only a
+            verdict.
         missing: what it lacks: kind -> sentence.
         seconds: what making and measuring it took now.
         cached: everything had been made and measured before.
@@ -81,7 +84,7 @@ class Candidate:
     source: Source
     folder: Path
     size_bytes: int
-    gated: Answers
+    gated: AnyAnswers
     arithmetic: Arithmetic
     cost: Cost
     comparison: Comparison | None = None
@@ -89,7 +92,7 @@ class Candidate:
     missing: Mapping[Lack, str] = dataclasses.field(default_factory=dict)
     seconds: float
     cached: bool
-    answers: Answers | None = None
+    answers: AnyAnswers | None = None
 
     @property
     def precision(self) -> str:
@@ -105,7 +108,7 @@ class Candidate:
             latency_p50_ms=self.cost.latency_p50_ms,
             latency_p95_ms=self.cost.latency_p95_ms,
             peak_rss_mib=self.cost.peak_rss_mib,
-            accuracy=float(np.mean(self.gated.predicted == self.gated.truth)),
+            accuracy=self.gated.quality,
             gate="reference" if self.verdict is None else self.verdict.status,
             gate_sentence="" if self.verdict is None else self.verdict.sentence,
             estimated=self.cost.basis == "estimate",
@@ -171,7 +174,7 @@ class Laboratory:
             return candidate.folder
         return self.workplace / f"{candidate.rung.name}{EMULATED}"
 
-    def answer(self, folder: Path, model: onnx.ModelProto, split: Split) -> tuple[Answers, bool]:
+    def answer(self, folder: Path, model: onnx.ModelProto, split: Split) -> tuple[AnyAnswers, bool]:
         """Return a bundle's answers on a split, and whether they were known."""
         labels = self.shop.run.record.labels
         edge = EdgeModel.load(folder)
@@ -182,10 +185,10 @@ class Laboratory:
 
         def make() -> Any:
             self.shop.say(f"answering {len(split.labels)} {split.name} samples: {folder.name}")
-            return answer_bundle(edge, split).probabilities
+            return answer_bundle(edge, split).raw
 
-        probabilities, known = self.shop.cache.array("answers", key, make)
-        return answers_of(probabilities, split, labels), known
+        raw, known = self.shop.cache.array("answers", key, make)
+        return answers_of(raw, split, labels, threshold=thresholds_of(edge.manifest)), known
 
     def device_task(self, built: Built, source: Source) -> DeviceTask:
         """Return the device half of the task, by way of a first draft."""
@@ -308,13 +311,24 @@ def cost_on(
 def judged(
     candidate: Candidate, reference: Candidate, budgets: Budgets, metric: GatedMetric
 ) -> Candidate:
-    """Return the candidate with its comparison with fp32 and the verdict."""
-    comparison = compare(
-        reference.gated.truth,
-        reference.gated.probabilities,
-        candidate.gated.probabilities,
-        candidate.gated.labels,
-    )
+    """Return the candidate with its comparison with fp32 and the verdict.
+
+    Several labels at once are judged by the samples of which all are right, numbers by their mean
+    absolute error; see docs/adr/0014.
+    """
+    before, after = reference.gated, candidate.gated
+    if isinstance(before, ValueAnswers):
+        found = compare_values(before.truth, before.predicted, after.raw)
+        return dataclasses.replace(candidate, verdict=value_verdict(found, budgets.max_drop))
+    if isinstance(before, LabelAnswers):
+        metric = "accuracy"
+        comparison = compare_labels(
+            before.truth, before.probabilities, after.raw, before.labels,
+            thresholds=before.threshold,
+        )  # fmt: skip
+    else:
+        assert isinstance(before, Answers)
+        comparison = compare(before.truth, before.probabilities, after.raw, after.labels)
     decision = verdict(comparison, budgets.max_drop, metric, budgets.max_class_drop)
     return dataclasses.replace(candidate, comparison=comparison, verdict=decision)
 

@@ -36,7 +36,7 @@ def model_card(
     )
     return f"""# {manifest.name}
 
-{manifest.task}, {len(manifest.labels)} labels, {manifest.precision}, made for the profile
+{manifest.task}, {_outputs(manifest)}, {manifest.precision}, made for the profile
 `{manifest.profile}` by edgetune {manifest.edgetune_version}.
 
 - base model: {base_model}
@@ -58,8 +58,9 @@ included.
 
 ## How it was chosen
 
-{verdict[0].upper()}{verdict[1:]}. Accuracy and loss here are of the validation split, compared
-sample by sample with fp32; "at most" holds with 95 % confidence.
+{verdict[0].upper()}{verdict[1:]}. {_judged(manifest)} here
+are of the validation split, compared sample by sample with fp32; "at most" holds with 95 %
+confidence.
 
 {ladder}
 {overrides}
@@ -71,8 +72,39 @@ whose logits may differ by {manifest.goldens.tolerance:.3g} from those stored.
 ## Limits
 
 The metrics hold for data like that split. What the training data lacked, the model has not
-learned; scores are not calibrated probabilities.
+learned; {_scores(manifest)}
 """
+
+
+def _judged(manifest: Manifest) -> str:
+    return "Errors" if "mae" in manifest.evaluation.metrics else "Accuracy and loss"
+
+
+def _outputs(manifest: Manifest) -> str:
+    number = len(manifest.labels)
+    return f"{number} labels" if number != 1 else "1 output"
+
+
+def _scores(manifest: Manifest) -> str:
+    calibration, abstention = manifest.calibration, manifest.abstention
+    text = (
+        "a value comes without an interval."
+        if "mae" in manifest.evaluation.metrics
+        else "scores are not calibrated probabilities."
+    )
+    if calibration is not None:
+        text = (
+            f"scores are divided by a temperature of {calibration.temperature:.4g}, fitted on"
+            f" {calibration.samples} validation samples\n(expected calibration error"
+            f" {calibration.ece_before:.4f} without it, {calibration.ece_after:.4f} with it)."
+        )
+    if abstention is not None:
+        text += (
+            f"\nAnswers of a score below {abstention.threshold:.4f} are marked as abstained; of the"
+            f" others, {100 * abstention.coverage:.1f} % of the\nvalidation samples, at least"
+            f" {100 * abstention.low:.2f} % are right, with 95 % confidence."
+        )
+    return text
 
 
 def _cells(evaluation: Evaluation, name: str) -> str:

@@ -56,13 +56,16 @@ LEAST_SPREAD = 1e-2
 LEAST_LIMIT = 1e-2
 
 
-def write_baseline(folder: Path, edge: EdgeModel, split: Split) -> str | None:
+def write_baseline(
+    folder: Path, edge: EdgeModel, split: Split, *, temperature: float = 1.0
+) -> str | None:
     """Write drift.npz into a draft bundle; its manifest has to be written after.
 
     Args:
         folder: of the draft.
         edge: the draft, or a bundle that answers as the device will.
         split: samples that the model was not trained on.
+        temperature: that the device divides logits by for its scores.
 
     Returns:
         None, or why nothing was written.
@@ -79,7 +82,7 @@ def write_baseline(folder: Path, edge: EdgeModel, split: Split) -> str | None:
     }
     if not all(np.isfinite(array).all() for array in outputs.values()):
         return "the graph gives features that are infinite or no number"
-    (folder / DRIFT_NAME).write_bytes(dump_baseline(baseline_of(outputs)))
+    (folder / DRIFT_NAME).write_bytes(dump_baseline(baseline_of(outputs, temperature=temperature)))
     return None
 
 
@@ -89,6 +92,7 @@ def baseline_of(
     window: int | None = None,
     false_alarms: float = FALSE_ALARMS,
     seed: int = 0,
+    temperature: float = 1.0,
 ) -> Baseline:
     """Return the baseline of a graph's outputs on samples that it was not trained on.
 
@@ -98,6 +102,7 @@ def baseline_of(
         window: predictions that a statistic is taken over; default: what the samples allow.
         false_alarms: share of windows that may alarm although nothing has changed.
         seed: of the halves and of the windows drawn.
+        temperature: that logits are divided by for scores.
 
     Raises:
         ConfigError: there are less than 8 samples for each prediction of the window, or the
@@ -105,7 +110,7 @@ def baseline_of(
     """
     if not 0 < false_alarms < 1:
         raise ConfigError(f"false_alarms: expected a share between 0 and 1, got {false_alarms:g}")
-    probabilities = softmax(np.asarray(outputs["logits"], np.float32))
+    probabilities = softmax(np.asarray(outputs["logits"], np.float32), temperature)
     scores, classes = probabilities.max(axis=1), probabilities.argmax(axis=1)
     samples, labels = probabilities.shape
     if window is None:

@@ -261,6 +261,8 @@ class _Merger:
             )
         if DRIFT_NAME in self.parent.manifest.files:
             self.notes.append("no baseline to tell drift by: the parent's is of other answers")
+        if self.parent.manifest.abstention is not None:
+            self.notes.append("it never abstains: the parent's threshold is of another head")
         truth = self.material.canary_classes
         shares = tuple(float(np.mean(x == truth)) for x in (evidence.before, evidence.after))
         result = MergeResult(
@@ -704,6 +706,9 @@ def _write(
         inputs=inputs,
         outputs=outputs,
         training=made.training,
+        # fitted to the parent's head, and not to this one
+        calibration=None,
+        abstention=None,
         evaluation=_measured(made.material.canary_classes, made.after, made.labels),
         reference=_measured(made.material.canary_classes, before, made.labels),
         goldens=Goldens(count=0, tolerance=0.0),

@@ -12,8 +12,8 @@ from typing import Any
 from edgetune.bench import page
 from edgetune.export.pareto import accuracy_floor, pareto_figure, pareto_png, points_of
 from edgetune.export.records import Attempt, LayerDamage, LayerSaturationRow, SearchReport
+from edgetune.runtime.files import write_atomic
 from edgetune.runtime.records import to_mapping
-from edgetune.tasks.curves import write_whole
 from edgetune.tasks.metrics import Interval
 
 __all__ = ["ladder_markdown", "pareto_png", "search_html", "search_json", "write_reports"]
@@ -42,11 +42,11 @@ def write_reports(report: SearchReport, output: Path) -> Path:
         OSError: a file can't be written.
     """
     shown = output.with_name(f"{output.name}.report.html")
-    write_whole(shown, search_html(report).encode("utf-8"))
+    write_atomic(shown, search_html(report).encode("utf-8"))
     data = output.with_name(f"{output.name}.search.json")
-    write_whole(data, search_json(report).encode("utf-8"))
-    if report.search == "pareto":
-        write_whole(output.with_name(f"{output.name}.pareto.png"), pareto_png(report))
+    write_atomic(data, search_json(report).encode("utf-8"))
+    if report.search == "pareto" and points_of(report):
+        write_atomic(output.with_name(f"{output.name}.pareto.png"), pareto_png(report))
     return shown
 
 

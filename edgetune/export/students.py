@@ -16,8 +16,8 @@ from edgetune.models.prune import prune
 from edgetune.profile import DeviceProfile
 from edgetune.tasks import TaskModel
 from edgetune.train.distill import DistillSettings, distill, student_of, taylor_of
+from edgetune.train.events import Event
 from edgetune.train.fake_quant import Scheme, finish, prepare
-from edgetune.train.loop import Event
 
 # image sides are multiples of the first, which five halvings leave whole; small ones of the other
 IMAGE_STEPS = (32, 8)
@@ -68,10 +68,12 @@ def student(shop: Workshop, name: str, *, seconds: float) -> TaskModel:
         seconds: training stops after so long; infinity for no limit.
 
     Raises:
-        ConfigError: the model's family has no such parts.
+        ConfigError: the model's family has no such parts, or a sample has not one class.
     """
     row = STUDENTS[name]
     teacher, family = shop.run.task, shop.run.family
+    if teacher.target != "classes":
+        raise ConfigError("students are only taught where each sample has one class")
     pruning: dict[str, Any] = dict(row.widths)
     if row.depth < 1:
         count = len(blocks(teacher.network, family))

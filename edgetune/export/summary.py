@@ -115,7 +115,7 @@ def _attempt(
         latency_p95_ms=candidate.cost.latency_p95_ms,
         latency_basis=candidate.cost.basis,
         peak_rss_mib=candidate.cost.peak_rss_mib,
-        accuracy=candidate.gated.report().accuracy,
+        accuracy=candidate.gated.accuracy,
         comparison=candidate.comparison,
         arithmetic=candidate.arithmetic,
         seconds=candidate.seconds,

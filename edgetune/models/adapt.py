@@ -1,61 +1,110 @@
-"""Which tensors train: the methods full, head, freeze and lora, one row each."""
+"""Which tensors train: the methods, one row each; what a run stores of them.
+
+This is the entry; adapters, quantized layers and stages have modules of their own.
+"""
 
 import fnmatch
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError
+from edgetune.models.adapters import (
+    after_step,
+    inject_adalora,
+    inject_ia3,
+    inject_lora,
+    inject_qlora,
+    load_method_state,
+    merge_adapters,
+    merge_difference,
+    method_state,
+    regularization,
+)
 from edgetune.models.families import Family, blocks, present
+from edgetune.models.quantized import element_count, scale_tensors
+from edgetune.models.stages import (
+    activate,
+    frozen_prefix,
+    layer_depths,
+    own_parameters,
+    record_trained,
+    set_train_mode,
+    trained_parameters,
+    unfrozen_parameters,
+)
+
+__all__ = [
+    "DEFAULT_LR",
+    "activate",
+    "adapt",
+    "after_step",
+    "frozen_prefix",
+    "frozen_sha256",
+    "layer_depths",
+    "load_method_state",
+    "load_trainable",
+    "merge_adapters",
+    "merge_difference",
+    "method_state",
+    "parameter_counts",
+    "regularization",
+    "set_train_mode",
+    "trainable_state",
+    "trained_parameters",
+    "unfrozen_parameters",
+]
 
 # peak learning rate where none is given: what each method is usually trained with
-DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "freeze": 5e-4, "lora": 1e-3}
+DEFAULT_LR = {
+    "full": 5e-5,
+    "head": 1e-3,
+    "freeze": 5e-4,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "rslora": 5e-4,  # its scale is larger, by sqrt(r)
+    "adalora": 1e-3,
+    "ia3": 3e-3,
+    "bitfit": 1e-3,
+    "norm": 1e-3,
+    "qlora": 1e-3,
+}
 
 
 def adapt(network: nn.Module, family: Family, config: TrainConfig) -> None:
-    """Set `requires_grad` on the network's parameters (and inject LoRA), in place.
+    """Set `requires_grad` on the network's parameters (and inject adapters), in place.
+
+    The head trains with every method.
 
     Raises:
-        ConfigError: a pattern or a LoRA target names no part of this network, or there are
-            fewer blocks than asked for.
+        ConfigError: a pattern or a target names no part of this network, there are fewer blocks
+            than asked for, or the network has nothing that the method trains.
+        MissingExtraError: qlora without bitsandbytes.
     """
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     _METHODS[config.method](network, family, config)
     for _, module in present(network, family.head):
         module.requires_grad_(True)
-
-
-def merge_adapters(network: nn.Module) -> None:
-    """Fold LoRA into the weights it adapts and take its layers out, in place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = module
-            layer.merge(safe_merge=True)
-            network.set_submodule(name, layer.get_base_layer())
-
-
-def set_train_mode(network: nn.Module) -> None:
-    """Put the network in training mode, but leave frozen BatchNorm with its statistics."""
-    network.train()
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
-            module.eval()
+    record_trained(network)
 
 
 def trainable_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes: trainable parameters, and buffers of modules that have any."""
-    state = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-    for prefix, module in network.named_modules():
-        if _trains(module):
-            dot = f"{prefix}." if prefix else ""
-            state.update({dot + n: b for n, b in module.named_buffers(recurse=False)})
+    """Return what training ever changes: parameters, and buffers of modules that have such.
+
+    Also while gradual unfreezing still keeps some of them frozen.
+    """
+    trained = trained_parameters(network)
+    state = {n: p.detach() for n, p in network.named_parameters() if n in trained}
+    for path, own in own_parameters(network).items():
+        if trained.intersection(own):
+            dot = f"{path}." if path else ""
+            buffers = network.get_submodule(path).named_buffers(recurse=False)
+            state.update({dot + n: b for n, b in buffers})
     return state
 
 
@@ -80,22 +129,24 @@ def load_trainable(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def frozen_sha256(network: nn.Module) -> str:
-    """Return the SHA-256 over names and values of the frozen parameters.
+    """Return the SHA-256 over names and values of the parameters that never train.
 
-    A run stores only what it trained; this shows later that the base it is put back on is
-    the one it was trained on.
+    Of quantized ones, over their codes and scales. A run stores only what it trained; this shows
+    later that the base it is put back on is the one it was trained on.
     """
+    trained = trained_parameters(network)
+    frozen = {n: p.detach() for n, p in network.named_parameters() if n not in trained}
     digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    for name, tensor in sorted((frozen | scale_tensors(network)).items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def parameter_counts(network: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    """Return (trainable, all) parameters; 4-bit ones count as what they stand for."""
+    trained = trained_parameters(network)
+    sizes = [(element_count(p), n in trained) for n, p in network.named_parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 
@@ -130,48 +181,49 @@ def _freeze(network: nn.Module, family: Family, config: TrainConfig) -> None:
             network.get_parameter(name).requires_grad_(True)
 
 
-def _lora(network: nn.Module, family: Family, config: TrainConfig) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets: str | list[str] = list(config.lora_targets or family.lora) or family.lora_regex
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-    )
-    try:
-        inject_adapter_in_model(settings, network)
-    except ValueError as error:
-        raise ConfigError(f"lora_targets: {str(error).splitlines()[0]}") from error
-    _keep_geometry(network)
+def _bitfit(network: nn.Module, family: Family, config: TrainConfig) -> None:  # noqa: ARG001
+    """Train the biases. Source: Ben Zaken et al. 2021 (BitFit, arXiv:2106.10199)."""
+    found = [p for n, p in network.named_parameters() if n.endswith("bias")]
+    if not found:
+        raise ConfigError(f"method 'bitfit': this {family.name} has no bias; use method lora")
+    for parameter in found:
+        parameter.requires_grad_(True)
 
 
-def _keep_geometry(network: nn.Module) -> None:
-    """Let an adapted convolution still say its stride and kernel.
+def _norm(network: nn.Module, family: Family, config: TrainConfig) -> None:  # noqa: ARG001
+    """Train scale and shift of the normalisations."""
+    found = [
+        parameter
+        for module in network.modules()
+        if isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+        for parameter in module.parameters(recurse=False)
+    ]
+    if not found:
+        raise ConfigError(
+            f"method 'norm': this {family.name} has no normalisation that trains; use method lora"
+        )
+    for parameter in found:
+        parameter.requires_grad_(True)
 
-    transformers' MobileNets read them off the layer to pad as TensorFlow does; peft's wrapper
-    does not pass them on.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            wrapped: Any = module
-            base = wrapped.get_base_layer()
-            if isinstance(base, nn.Conv2d):
-                for name in ("stride", "kernel_size", "padding", "dilation", "groups"):
-                    if not hasattr(wrapped, name):
-                        setattr(wrapped, name, getattr(base, name))
-
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 _METHODS: dict[str, Callable[[nn.Module, Family, TrainConfig], None]] = {
     "full": _full,
     "head": _head,
     "freeze": _freeze,
-    "lora": _lora,
+    "lora": inject_lora,
+    "dora": functools.partial(inject_lora, use_dora=True),
+    "rslora": functools.partial(inject_lora, use_rslora=True),
+    "adalora": inject_adalora,
+    "ia3": inject_ia3,
+    "bitfit": _bitfit,
+    "norm": _norm,
+    "qlora": inject_qlora,
 }
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))

@@ -18,17 +18,21 @@ class Family:
     """One row; families.toml says what each key means."""
 
     name: str
-    source: Literal["transformers", "torchvision"]
+    source: Literal["transformers", "torchvision", "timm"]
     match: tuple[str, ...]
     blocks: tuple[str, ...]
     head: tuple[str, ...]
     output: str
+    stem: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     lora_regex: str = ""
     ffn: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
     head_size: str = ""
+    reserved: int = 0
     int8: Literal["dynamic", "static"]
 
 
@@ -47,26 +51,51 @@ def families() -> tuple[Family, ...]:
 
 
 def find_family(source: str, kind: str) -> Family:
-    """Return the family of a transformers model type or a torchvision model name.
+    """Return the family of a transformers model type, or of a torchvision or timm model name.
 
     Raises:
         ConfigError: no row matches.
     """
-    for family in families():
-        if family.source != source:
-            continue
-        if kind in family.match or (source == "torchvision" and kind.startswith(family.match)):
-            return family
-    known = ", ".join(sorted(m for f in families() if f.source == source for m in f.match))
+    rows = [family for family in families() if family.source == source]
+    if source == "transformers":
+        found = [family for family in rows if kind in family.match]
+    else:
+        fits = [(len(p), f) for f in rows for p in f.match if kind.startswith(p)]
+        found = [family for _, family in sorted(fits, key=lambda fit: -fit[0])]
+    if found:
+        return found[0]
+    known = ", ".join(sorted(m for f in rows for m in f.match))
     raise ConfigError(f"{source} model {kind!r} is of no known family; known: {known}")
+
+
+def check_family(network: nn.Module, family: Family, *, name: str) -> None:
+    """Check that a network has the parts that its row names.
+
+    A name's prefix says little: timm has a `resnet32ts` that is built unlike its `resnet34`.
+
+    Raises:
+        ConfigError: its blocks, head or output are not there.
+    """
+    parts = (*family.head, family.output)
+    lacking = [path for path in parts if not any(present(network, (path,)))]
+    if not lacking and not blocks(network, family):
+        lacking = [*family.blocks, *family.units]
+    if lacking:
+        raise ConfigError(
+            f"{name} is built unlike the other models of family {family.name}: it has no"
+            f" {', '.join(lacking)}; take another of them"
+        )
 
 
 def blocks(network: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
     """Return the network's blocks as (name, module), from the input to the output."""
     return [
-        (f"{container}.{name}", child)
-        for container, module in present(network, family.blocks)
-        for name, child in module.named_children()
+        *(
+            (f"{container}.{name}", child)
+            for container, module in present(network, family.blocks)
+            for name, child in module.named_children()
+        ),
+        *present(network, family.units),
     ]
 
 

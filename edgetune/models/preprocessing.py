@@ -7,6 +7,7 @@ matrix products so that it needs no Resize operator, whose antialiasing differs 
 versions and is missing in some runtimes. Only rows and columns that the crop keeps are made.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ from torch import SymInt, Tensor, nn
 
 from edgetune.errors import ConfigError
 
+# up to this many source lines a tap, one product with a mostly empty matrix is faster than
+# gathering the lines that each kept one reads; a graph, whose sizes are open, gathers
+DENSE = 24
 # an edge's length: a number when run, a symbol when exported
 Size = int | SymInt
 
@@ -24,9 +28,10 @@ class Preprocessing:
     """What a vision model expects, in timm's vocabulary.
 
     input_size: side of the network's input, pixels.
-    resize_size: side that the shorter edge is resized to before the crop ("center" only).
-    crop_mode: "center" keeps the aspect and crops; "squash" resizes both edges to input_size.
+    resize_size: side, pixels, that is resized to before the middle is cut out.
+    crop_mode: "center" resizes the shorter edge and keeps the aspect; "squash" resizes both.
     mean, std: per channel RGB, of values in 0..1.
+    channel_order: of the network's input.
     """
 
     input_size: int
@@ -35,6 +40,7 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         """Check that the crop fits.
@@ -42,7 +48,7 @@ class Preprocessing:
         Raises:
             ConfigError: the resized image would be smaller than the crop.
         """
-        if self.crop_mode == "center" and self.resize_size < self.input_size:
+        if self.resize_size < self.input_size:
             raise ConfigError(
                 f"resize_size: expected at least input_size {self.input_size},"
                 f" got {self.resize_size}"
@@ -51,14 +57,7 @@ class Preprocessing:
     def at_size(self, input_size: int) -> "Preprocessing":
         """Return the same preprocessing for another input size, its crop share kept."""
         resize = max(input_size, round(self.resize_size * input_size / self.input_size))
-        return Preprocessing(
-            input_size=input_size,
-            resize_size=resize,
-            crop_mode=self.crop_mode,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-        )
+        return dataclasses.replace(self, input_size=input_size, resize_size=resize)
 
 
 class Preprocess(nn.Module):
@@ -77,7 +76,7 @@ class Preprocess(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Resize, crop and normalise."""
+        """Resize, crop, normalise and order the channels."""
         batch, height, width, channels = image.shape  # sizes may be symbolic
         side = self.spec.input_size
         if self.spec.crop_mode == "center":
@@ -87,17 +86,27 @@ class Preprocess(nn.Module):
                 width * self.spec.resize_size // short,
             )
         else:
-            resized = (side, side)
+            resized = (self.spec.resize_size, self.spec.resize_size)
         rows, row_weights = self._window(height, resized[0], image.device)
         columns, column_weights = self._window(width, resized[1], image.device)
-        x = image.reshape(batch, height, width * channels)[:, rows].float()  # (B, S, taps, W C)
-        x = torch.matmul(row_weights[:, None, :], x)  # (B, S, 1, W C)
-        # columns to the front, so that the second gather copies whole rows too
-        x = x.reshape(batch, side, width, channels).permute(0, 2, 3, 1)  # (B, W, C, S)
-        x = x.reshape(batch, width, channels * side)[:, columns]  # (B, S, taps, C S)
-        x = torch.matmul(column_weights[:, None, :], x)  # (B, S, 1, C S)
-        x = x.reshape(batch, side, channels, side).permute(0, 2, 3, 1)  # (B, C, S rows, S columns)
-        return (x - self.mean) * self.scale
+        x = image.reshape(batch, height, width * channels)
+        if not torch.compiler.is_compiling() and height <= DENSE * rows.shape[1]:
+            x = _dense(rows, row_weights, height) @ x.float()  # (B, S, W C)
+        else:
+            x = torch.matmul(row_weights[:, None, :], x[:, rows].float())  # (B, S, 1, W C)
+        x = x.reshape(batch, side, width, channels)
+        if not torch.compiler.is_compiling() and width <= DENSE * columns.shape[1]:
+            # (B, C, S rows, W) times (W, S columns)
+            x = x.permute(0, 3, 1, 2) @ _dense(columns, column_weights, width).T
+        else:
+            # columns to the front, so that the second gather copies whole rows too
+            x = x.permute(0, 2, 3, 1).reshape(batch, width, channels * side)[:, columns]
+            x = torch.matmul(column_weights[:, None, :], x)  # (B, S, 1, C S)
+            x = x.reshape(batch, side, channels, side).permute(0, 2, 3, 1)  # (B, C, S rows, S cols)
+        if self.spec.interpolation == "bicubic":  # it overshoots at edges, and a byte cannot
+            x = x.clamp(0, 255)
+        x = (x - self.mean) * self.scale
+        return x.flip(1) if self.spec.channel_order == "bgr" else x
 
     def _window(self, size: Size, resized: Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return which source lines each kept line reads, and their weights.
@@ -129,6 +138,12 @@ class Preprocess(nn.Module):
         weights = weights / weights.sum(1, keepdim=True)
         lines = torch.minimum(torch.clamp(lines, min=0), source - 1)
         return lines.to(torch.int64), weights
+
+
+def _dense(lines: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Return the (input_size, size) matrix that reads `lines` with `weights`."""
+    matrix = torch.zeros(len(lines), size, device=lines.device)
+    return matrix.scatter_add_(1, lines, weights)
 
 
 def _triangle(distance: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def prune(
         if ffn_ratio is not None:
             _prune_ffn(smaller, family, kept, ffn_ratio, scores)
         if head_ratio is not None:
+            if not family.attention:
+                raise ConfigError(f"head_ratio: the heads of a {family.name} cannot be pruned")
             _prune_heads(smaller, family, kept, head_ratio, scores)
         _drop_blocks(smaller, kept)  # last: until here, names are those that `scores` knows
     if channel_ratio is not None:

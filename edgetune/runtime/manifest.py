@@ -22,6 +22,7 @@ MAX_DEPTH = 32
 # values in all: each takes some hundred bytes of memory, whatever it takes in the file
 MAX_VALUES = 2**18
 MAX_FILES = 63
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 # names are flat: no folder, no dot at either end, nothing that a shell, a zip or a file system
 # could turn against us
 FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
@@ -123,6 +124,37 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The temperature that makes scores probabilities: softmax(logits / temperature).
+
+    ece_before, ece_after: expected calibration error without and with it, shares in [0, 1], on
+    samples held out of its fit. samples: that it was fitted to.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599), section 4.2.
+    """
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """The score below which an answer is marked as abstained, and what it rests on.
+
+    accuracy: of the answers kept, as asked for; low: its 95 % lower confidence bound. coverage:
+    the share of the samples that was kept; samples: how many there were.
+    """
+
+    threshold: float
+    accuracy: float
+    low: float
+    coverage: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Goldens:
     """The self-test: how many samples there are, how far an output may be from the stored one."""
 
@@ -174,6 +206,8 @@ class Manifest:
     goldens: Goldens
     files: dict[str, FileEntry]
     training: TrainingStep | None = None
+    calibration: Calibration | None = None
+    abstention: Abstention | None = None
     overrides: tuple[str, ...] = ()
     edgetune_version: str
     digest: str = ""
@@ -268,6 +302,14 @@ def _check_values(manifest: Manifest, where: str) -> None:
             )
     if len(set(manifest.labels)) != len(manifest.labels):
         raise IntegrityError(f"{where}: labels: one of them is there twice")
+    ranges: dict[str, tuple[float, float, float]] = {}
+    if (found := manifest.calibration) is not None:
+        ranges["calibration: temperature"] = (found.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+    if (kept := manifest.abstention) is not None:
+        ranges["abstention: threshold"] = (kept.threshold, 0.0, 1.0)
+    for key, (number, start, end) in ranges.items():
+        if not start <= number <= end:
+            raise IntegrityError(f"{where}: {key}: expected {start:g} to {end:g}, got {number:g}")
 
 
 def _check_text_and_depth(value: object) -> None:

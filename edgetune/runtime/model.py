@@ -401,11 +401,12 @@ class EdgeModel:
         """Return the results of samples that share a batch; raw ones are for the watch."""
         begin = time.perf_counter()
         outputs = self._run(self.task.stack(encoded), limit, state)
-        labels = self.manifest.labels
+        labels, learned = self.manifest.labels, False
         if state is not None:
             outputs["logits"], labels = state.logits(outputs), state.labels
+            learned = not state.has_head_of(self.manifest)
         seconds = time.perf_counter() - begin
-        results = self.task.results(outputs, labels, all_scores=all_scores)
+        results = self.task.results(outputs, labels, all_scores=all_scores, learned=learned)
         if self._watch is not None:
             self._watch.record(outputs, results, seconds, samples)
         return results

@@ -25,6 +25,7 @@ from edgetune.errors import ConfigError, DataError, IntegrityError
 from edgetune.runtime.bundle import Bundle
 from edgetune.runtime.drift import CLASSES, Baseline, bundle_baseline
 from edgetune.runtime.records import from_mapping, to_mapping
+from edgetune.runtime.tasks import has_classes
 
 FILE_NAME = "telemetry.jsonl"
 SCHEMA_VERSION = 1
@@ -161,8 +162,14 @@ class Watch:
 
         Raises:
             IntegrityError: its baseline can't be read or is another graph's.
-            ConfigError: `path` is neither a folder nor a .jsonl file, and can't become one.
+            ConfigError: `path` is neither a folder nor a .jsonl file, and can't become one, or the
+                bundle's task gives no one class a sample.
         """
+        if not has_classes(bundle.manifest.task):
+            raise ConfigError(
+                f"watch: task {bundle.manifest.task} gives no one class a sample, so there is"
+                " nothing to watch it by; leave watch out"
+            )
         _check_place(watch_file(path))
         baseline = bundle_baseline(bundle)
         digest = bundle.manifest.digest

@@ -7,13 +7,13 @@ window system and no global figure are involved.
 import contextlib
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.config import SelectionMetric
 from edgetune.errors import DataError, MissingExtraError
+from edgetune.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,9 +67,20 @@ STYLE: dict[Any, object] = {
 }
 
 _LOSSES: _Series = (("train_loss", "training", BLUE), ("val_loss", "validation", VERMILION))
-_METRICS: _Series = (("val_accuracy", "accuracy", GREEN), ("val_f1_macro", "macro F1", PURPLE))
+_METRICS: _Series = (
+    ("val_accuracy", "accuracy", GREEN),
+    ("val_f1_macro", "macro F1", PURPLE),
+    ("val_r2", "variance explained (R2)", GREEN),
+)
 _RATE: _Series = (("lr", "learning rate", MUTED),)
-_SELECTED_BY = {"accuracy": "val_accuracy", "f1_macro": "val_f1_macro", "loss": "val_loss"}
+_SELECTED_BY: dict[SelectionMetric, str] = {
+    "accuracy": "val_accuracy",
+    "f1_macro": "val_f1_macro",
+    "loss": "val_loss",
+    "mae": "val_mae",
+    "r2": "val_r2",
+}
+_MINIMIZED = ("val_loss", "val_mae")
 
 
 def curves_figure(history: History, *, metric: SelectionMetric = "accuracy") -> "Figure":
@@ -120,10 +131,10 @@ def best_epoch(history: History, *, metric: SelectionMetric = "accuracy") -> int
     Of equals the first is best. Where `history` lacks the metric, the first of accuracy,
     macro F1 and loss that it has decides.
     """
-    for name in (_SELECTED_BY[metric], *_SELECTED_BY.values()):
+    for name in (_SELECTED_BY.get(metric, "val_accuracy"), *_SELECTED_BY.values()):
         values = _finite(history, name)
         if values:
-            sign = -1.0 if name == "val_loss" else 1.0
+            sign = -1.0 if name in _MINIMIZED else 1.0
             return max(values, key=lambda epoch: sign * values[epoch])
     return None
 
@@ -145,7 +156,7 @@ def write_curves(path: Path, history: History, *, metric: SelectionMetric = "acc
     content = io.BytesIO()
     with figure_style():
         figure.savefig(content, format="png", dpi=160, metadata={"Software": None})
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())
 
 
 @contextlib.contextmanager
@@ -165,24 +176,6 @@ def figure_style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, then move it there: readers see the old file or the new.
-
-    Raises:
-        OSError: the file can't be written; `path` is as it was.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _draw_panel(

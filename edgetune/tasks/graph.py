@@ -49,9 +49,14 @@ def use_attention_operator(network: nn.Module) -> None:
     com.microsoft.MultiHeadAttention straight into the graph, with the padding mask as it is.
     So every encoder family is fused alike, no pattern has to be found afterwards, and the
     mask's dozen of nodes never come into being. Such a network can only be exported.
+
+    Families that attend by code of their own (DeBERTa, XLNet, MPNet) keep it, and so do those
+    whose layers see a window of the text (ModernBERT): the padding mask doesn't say the window.
     """
     transformers_network: Any = network
     if not hasattr(network, "set_attn_implementation"):
+        return
+    if "sliding_attention" in (getattr(transformers_network.config, "layer_types", None) or ()):
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -75,10 +80,18 @@ def _attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Stand in for attention; query, key, value: (batch, heads, tokens, head size)."""
-    if getattr(module, "is_causal", False):
-        raise NotImplementedError("causal attention has no export yet")
+    """Stand in for attention; query, key, value: (batch, heads, tokens, head size).
+
+    attention_mask: (batch, tokens), 1 where there is a token; or what is added to the scores,
+        (1 or batch, heads, tokens, tokens): Swin's and BEiT's relative positions.
+    """
     batch, heads, tokens, size = query.shape
+    scale = scaling if scaling is not None else size**-0.5
+    if getattr(module, "is_causal", False):
+        # a text's tokens never look ahead to the padding on its right, so that mask is not needed
+        return _plain_attention(query, key, value, _causal_bias(query), scale), None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _plain_attention(query, key, value, attention_mask, scale), None
 
     def flat(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(batch, -1, heads * size)
@@ -88,9 +101,27 @@ def _attention(
     mixed = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         (q, flat(key), flat(value), None, mask),
-        attrs={"num_heads": heads, "scale": scaling if scaling is not None else size**-0.5},
+        attrs={"num_heads": heads, "scale": scale},
         dtype=q.dtype,
         shape=q.shape,
         version=1,
     )
     return mixed.view(batch, tokens, heads, size), None
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """Return attention in ONNX's own operators, (batch, tokens, heads, head size).
+
+    Every onnxruntime reads these alike; its own operator's causal and biased forms came one by one.
+    """
+    scores = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
+    return torch.matmul(torch.softmax(scores, -1), value).transpose(1, 2)
+
+
+def _causal_bias(query: Tensor) -> Tensor:
+    """Return 0 where a token may look and float's least ahead of it, shape (tokens, tokens)."""
+    places = torch.arange(query.shape[2], device=query.device)
+    ahead = places[None, :] > places[:, None]
+    return ahead.to(query.dtype) * torch.finfo(query.dtype).min

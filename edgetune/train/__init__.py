@@ -1,6 +1,7 @@
 """Fine-tuning: one loop, a run folder, exact resume."""
 
-from edgetune.train.loop import Event, resume, train
+from edgetune.train.events import Event
+from edgetune.train.loop import resume, train
 from edgetune.train.run import Run, RunRecord, open_run, read_run, run_dataset
 
 __all__ = [

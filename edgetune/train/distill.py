@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,27 @@ from edgetune.models.prune import taylor
 from edgetune.runtime.files import replace_atomic
 from edgetune.runtime.records import from_mapping, to_mapping
 from edgetune.tasks import Samples, TaskModel
-from edgetune.train.batches import EpochBatches
+from edgetune.train.batches import BatchOrder
+from edgetune.train.events import Event, OnEvent
 from edgetune.train.fake_quant import has_static_ranges, is_prepared, observing
-from edgetune.train.loop import EVENT_SECONDS, Event, OnEvent
-from edgetune.train.optim import lr_factor, make_optimizer
+from edgetune.train.loop import EVENT_SECONDS
+from edgetune.train.optim import make_optimizer
+from edgetune.train.schedules import lr_factor
 
 CHECKPOINT_NAME = "distill.safetensors"
 # batches that settle static ranges before the first validation
 OBSERVED_BATCHES = 8
 GRAD_CLIP = 1.0
+
+
+class _EpochKeys(BatchOrder):
+    """A batch sampler of (epoch, index) keys; set `epoch` before iterating."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches(self.epoch):
+            yield [(self.epoch, int(i)) for i in batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +187,7 @@ def taylor_of(
     like length.
     """
     encoded = task.samples(split, training=False)
-    batches = EpochBatches(len(encoded), batch_size, lengths=encoded.lengths, seed=seed)
+    batches = _EpochKeys(len(encoded), batch_size, lengths=encoded.lengths, seed=seed)
     chosen = list(batches)[: max(1, samples // batch_size)]
     device = _device()
     home = next(task.network.parameters()).device
@@ -283,11 +295,11 @@ class _Distillation:
         augmented = settings.augmentation == "task"
         own = student.samples(train, training=augmented)
         theirs = teacher.samples(train, training=augmented)
-        self.batches = EpochBatches(
+        self.batches = _EpochKeys(
             len(own), settings.batch_size, lengths=own.lengths, seed=settings.seed
         )
         val_samples = student.samples(val, training=False)
-        in_order = EpochBatches(
+        in_order = _EpochKeys(
             len(val_samples), 2 * settings.batch_size, lengths=val_samples.lengths, shuffle=False
         )
         self.train_loader = self._loader(own, theirs if augmented else None, self.batches, workers)
@@ -341,7 +353,9 @@ class _Distillation:
         count, lr, out_of_time = 0, 0.0, False
         for number, (index, batch, theirs) in enumerate(self.train_loader):
             step = epoch * steps_per_epoch + number
-            lr = self.settings.lr * lr_factor(self.config, step, steps)
+            lr = self.settings.lr * lr_factor(
+                self.config, step, steps, steps_per_epoch=steps_per_epoch
+            )
             loss = self._step(index, batch, theirs, lr)
             loss_sum += loss * len(index)
             count += len(index)
@@ -447,7 +461,7 @@ class _Distillation:
         self, samples: Samples, teacher: TaskModel, workers: int
     ) -> tuple[Tensor, Tensor | None]:
         """Return the teacher's logits of all samples, and its features where they are asked for."""
-        order = EpochBatches(
+        order = _EpochKeys(
             len(samples), 2 * self.settings.batch_size, lengths=samples.lengths, shuffle=False
         )
         loader = self._loader(samples, None, order, workers, collate=teacher)
@@ -474,7 +488,7 @@ class _Distillation:
         self,
         samples: Samples,
         theirs: Samples | None,
-        order: EpochBatches,
+        order: _EpochKeys,
         workers: int,
         collate: TaskModel | None = None,
     ) -> Any:
@@ -544,6 +558,7 @@ class _Distillation:
         """Write one file, whole or not at all: tensors, and the progress in its header."""
         if self.checkpoint is None:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self.checkpoint.mkdir(parents=True, exist_ok=True)
@@ -563,7 +578,7 @@ class _Distillation:
         def write(path: Path) -> None:
             try:
                 save_file(whole, path, metadata=header)
-            except RuntimeError as error:  # safetensors' own error for a full disk
+            except SafetensorError as error:  # its own error for a full disk
                 raise OSError(str(error)) from error
 
         replace_atomic(self.checkpoint / CHECKPOINT_NAME, write)

@@ -1,42 +1,70 @@
-"""The training loop: one for every task, method and number of GPUs, on accelerate.
+"""The training loop: one for every task, method and number of GPUs.
 
-An epoch's order, its augmentation and its schedule are functions of the config and the step,
-so a checkpoint holds only tensors, the random state and a few counters, and a resumed run
-goes on with the very batches that were left.
+An epoch's order, its augmentation, its dropout and its schedule are functions of the config and
+the step, so a checkpoint holds only tensors and a few counters, and a resumed run goes on with
+the very batches that were left.
 """
 
 import dataclasses
 import json
+import math
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgetune.config import TrainConfig
-from edgetune.data import Dataset, accept, check_dataset, load_dataset
-from edgetune.errors import ConfigError, DataError, ResourceError
-from edgetune.models.adapt import (
-    adapt,
-    frozen_sha256,
-    parameter_counts,
-    set_train_mode,
-    trainable_state,
+from edgetune.data import (
+    Dataset,
+    Scale,
+    accept,
+    check_dataset,
+    class_counts,
+    load_dataset,
+    scale_of,
 )
+from edgetune.errors import ConfigError, DataError, ResourceError
+from edgetune.models.adapt import adapt, frozen_sha256, parameter_counts
+from edgetune.models.families import Family, blocks
 from edgetune.models.load import load_model
 from edgetune.runtime.files import replace_atomic, write_atomic
 from edgetune.runtime.records import to_mapping
-from edgetune.tasks import TaskModel, open_task, task_kind
+from edgetune.tasks import (
+    MINIMIZED,
+    Samples,
+    TaskModel,
+    open_task,
+    selection_metric,
+    task_kind,
+)
 from edgetune.tasks.curves import write_curves
-from edgetune.tasks.metrics import classification_report
-from edgetune.train.batches import EpochBatches
+from edgetune.train.activations import TOLERANCE as CACHE_TOLERANCE
+from edgetune.train.activations import Cut, Place, Refused, difference_behind, keep_activations
+from edgetune.train.batch_size import LARGEST, batch_size_note, find_batch_size, free_unused
+from edgetune.train.batches import BatchOrder
 from edgetune.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from edgetune.train.optim import learning_rate, lr_factor, make_optimizer
+from edgetune.train.energy import EnergyMeter, gpus_in_use
+from edgetune.train.engine import Engine
+from edgetune.train.events import Event, OnEvent, note, silent
+from edgetune.train.feeding import Feeder
+from edgetune.train.history import read_history, write_history
+from edgetune.train.lr_finder import find_lr, lr_files, lr_note
+from edgetune.train.machine import (
+    Machine,
+    default_workers,
+    free_memory_bytes,
+    keep_freed_memory,
+    open_machine,
+    peak_memory_mib,
+)
+from edgetune.train.optim import learning_rate
+from edgetune.train.rehearsal import rehearse
 from edgetune.train.run import (
     BEST_NAME,
     RunRecord,
@@ -47,23 +75,29 @@ from edgetune.train.run import (
     write_config,
     write_record,
 )
+from edgetune.train.runs import hold_run
+from edgetune.train.schedules import lr_factor
+from edgetune.train.track import open_trackers
+from edgetune.train.validation import Measured, measure
 
 EVENT_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something to show: "plan", "step", "epoch", "note", "interrupted" or "finished"."""
-
-    kind: Literal["plan", "step", "epoch", "note", "interrupted", "finished"]
-    values: Mapping[str, Any]
-
-
-OnEvent = Callable[[Event], None]
+CACHE_FOLDER = "cache"
+# samples that show which BatchNorm follows which convolution
+FOLDING_SAMPLES = 4
+# batches after which processes agree on what a signal or the clock said to one of them
+AGREE_EVERY = 10
+AGREE_SECONDS = 2.0
+# of a time budget: what is spent before the length of the run is settled
+SETTLE_SHARE = 0.05
+# steps from which compiling is expected to pay back, on a GPU
+COMPILE_STEPS = 2000
 
 
 def train(config: TrainConfig, *, on_event: OnEvent | None = None) -> RunRecord:
     """Fine-tune as `config` says and write the run folder `config.output`.
+
+    Launched by torchrun or `accelerate launch` it is called in every process; the first one
+    writes and speaks.
 
     Args:
         config: from `load_config`.
@@ -87,30 +121,33 @@ def train(config: TrainConfig, *, on_event: OnEvent | None = None) -> RunRecord:
     dataset = load_dataset(data_source(config))
     report = check_dataset(dataset, min_per_class=config.min_per_class)
     dataset, left_out = accept(dataset, report, config.allow)
-    say = on_event or _silent
+    machine = open_machine(config)
+    say = _speaker(machine, on_event)
     for problem in report.problems:
-        say(Event(kind="note", values={"text": f"data: {problem.message}"}))
-    # torch's generator decides the fresh head, LoRA's start and dropout
-    torch.manual_seed(config.seed)
-    task, output = _adapted(config, dataset.labels)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
-    write_atomic(folder / "data.json", json.dumps(to_mapping(report), indent=2).encode())
-    for name, data in task.device_files().items():
-        write_atomic(folder / name, data)
-    trainable, total = parameter_counts(output)
+        say(note(f"data: {problem.message}"))
+    config, files = _searched(config, dataset, machine, say)
+    scale = scale_of(dataset.splits["train"])
+    task, family = _adapted(config, dataset.labels, scale)
+    trainable, total = parameter_counts(task.network)
     record = RunRecord(
         status="running",
         task=config.task,
         labels=dataset.labels,
         trainable_parameters=trainable,
         parameters=total,
-        frozen_sha256=frozen_sha256(output),
+        frozen_sha256=frozen_sha256(task.network),
+        scale=scale,
         left_out=left_out,
         versions=versions(),
     )
-    write_record(folder, record)
-    return _Loop(config, folder, task, dataset, record, say).run()
+    machine.wait()
+    if machine.is_main:
+        files |= task.device_files() | {
+            "data.json": json.dumps(to_mapping(report), indent=2).encode()
+        }
+        _create(folder, config, record, files)
+    machine.wait()
+    return _Loop(config, folder, task, family, dataset, record, machine, say).run()
 
 
 def resume(folder: Path, *, on_event: OnEvent | None = None) -> RunRecord:
@@ -125,15 +162,20 @@ def resume(folder: Path, *, on_event: OnEvent | None = None) -> RunRecord:
         raise ConfigError(f"{folder}: is finished; train anew with another output")
     config = dataclasses.replace(config, output=str(folder))
     dataset = run_dataset_of(config, record)
-    torch.manual_seed(config.seed)
-    task, network = _adapted(config, record.labels)
-    if frozen_sha256(network) != record.frozen_sha256:
+    machine = open_machine(config)
+    task, family = _adapted(config, record.labels, record.scale)
+    if frozen_sha256(task.network) != record.frozen_sha256:
         raise ConfigError(
             f"model {config.model!r} is not the one that {folder} began with: its weights changed"
         )
-    loop = _Loop(config, folder, task, dataset, record, on_event or _silent)
+    say = _speaker(machine, on_event)
+    loop = _Loop(config, folder, task, family, dataset, record, machine, say)
     loop.restore()
     return loop.run()
+
+
+def _speaker(machine: Machine, on_event: OnEvent | None) -> OnEvent:
+    return on_event if on_event is not None and machine.is_main else silent
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
@@ -147,81 +189,153 @@ def _resolved(config: TrainConfig) -> TrainConfig:
         if (value := getattr(config, key))
         and (key == "output" or Path(value).expanduser().exists())
     }
-    return dataclasses.replace(config, lr=learning_rate(config), **local)
+    metric = selection_metric(config)
+    return dataclasses.replace(config, lr=learning_rate(config), metric=metric, **local)
 
 
-def _adapted(config: TrainConfig, labels: tuple[str, ...]) -> tuple[TaskModel, nn.Module]:
+def _searched(
+    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
+) -> tuple[TrainConfig, dict[str, bytes]]:
+    """Settle the batch size and the learning rate where the config leaves them to be found.
+
+    Returns:
+        the config, and what the run keeps of the search, by the name of the file.
+    """
+    files: dict[str, bytes] = {}
+    if config.batch_size == 0:
+        config = _with_batch_size(config, dataset, machine, say)
+        free_unused(machine.device)
+    if config.find_lr:
+        config, files = _with_lr(config, dataset, machine, say)
+        free_unused(machine.device)
+    return config, files
+
+
+def _with_batch_size(
+    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
+) -> TrainConfig:
+    with _on_trial(config, dataset, machine) as (engine, task):
+        train_samples = task.samples(dataset.splits["train"], training=True)
+        val_samples = task.samples(dataset.splits["val"], training=False)
+        samples = len(train_samples)
+
+        def progress(size: int) -> None:
+            values = {"done": size, "of": min(LARGEST, samples), "text": "batch sizes"}
+            say(Event(kind="preparing", values=values))
+
+        found = find_batch_size(engine, train_samples, val_samples, progress=progress)
+    say(note(batch_size_note(found, samples)))
+    return dataclasses.replace(config, batch_size=found.batch_size)
+
+
+def _with_lr(
+    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
+) -> tuple[TrainConfig, dict[str, bytes]]:
+    # an average of the weights has no part in it
+    with _on_trial(dataclasses.replace(config, ema_decay=0.0), dataset, machine) as (engine, task):
+        samples = task.samples(dataset.splits["train"], training=True)
+        order = BatchOrder(
+            len(samples), config.batch_size, lengths=samples.lengths, seed=config.seed
+        )
+        workers = config.workers if config.workers is not None else default_workers()
+        feed = Feeder(
+            samples, order, device=machine.device, rank=machine.rank, processes=machine.processes,
+            workers=0 if samples.lengths is not None else workers,
+        )  # fmt: skip
+
+        def progress(done: int, steps: int) -> None:
+            values = {"done": done, "of": steps, "text": "learning rates"}
+            say(Event(kind="preparing", values=values))
+
+        try:
+            curve = find_lr(engine, feed, progress=progress)
+        finally:
+            feed.close()
+    say(note(lr_note(curve)))
+    return dataclasses.replace(config, lr=machine.same(curve.lr), find_lr=False), lr_files(curve)
+
+
+@contextmanager
+def _on_trial(
+    config: TrainConfig, dataset: Dataset, machine: Machine
+) -> Iterator[tuple[Engine, TaskModel]]:
+    """Give an engine to try things on; the run's own is made anew and knows nothing of it."""
+    scaler = machine.accelerator.scaler
+    scale = scaler.state_dict() if scaler is not None else None
+    train = dataset.splits["train"]
+    task, family = _adapted(config, dataset.labels, scale_of(train))
+    counts = class_counts(dataset)
+    try:
+        yield Engine(config, task, family, machine, counts, len(train.labels)), task
+    finally:
+        machine.accelerator.free_memory()
+        if scaler is not None:
+            scaler.load_state_dict(scale)
+
+
+def _adapted(
+    config: TrainConfig, labels: tuple[str, ...], scale: Scale | None
+) -> tuple[TaskModel, Family]:
+    # torch's generator decides the fresh head and the adapters' start
+    torch.manual_seed(config.seed)
     loaded = load_model(
         config.model, kind=task_kind(config.task), labels=labels, weights=config.weights
     )
     adapt(loaded.network, loaded.family, config)
-    return open_task(config.task, loaded, labels, config), loaded.network
+    return open_task(config.task, loaded, labels, config, scale=scale), loaded.family
+
+
+def _create(
+    folder: Path, config: TrainConfig, record: RunRecord, files: Mapping[str, bytes]
+) -> None:
+    """Make the run folder, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_config(partial, config)
+        for name, data in files.items():
+            write_atomic(partial / name, data)
+        write_record(partial, record)
+        if folder.exists():  # an empty folder that the user made
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ResourceError(f"output {folder}: cannot be written: {error}") from error
 
 
 class _Loop:
     """One run in memory."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        task: TaskModel,
-        dataset: Dataset,
-        record: RunRecord,
-        say: OnEvent,
-    ) -> None:
-        from accelerate import Accelerator
-        from torch.utils.data import DataLoader
-
+        self, config: TrainConfig, folder: Path, task: TaskModel, family: Family,
+        dataset: Dataset, record: RunRecord, machine: Machine, say: OnEvent,
+    ) -> None:  # fmt: skip
         self.config, self.folder, self.task, self.record = config, folder, task, record
-        self.say = say
-        self.accelerator = Accelerator(
-            cpu=config.cpu,
-            mixed_precision=_mixed_precision(config),
-            gradient_accumulation_steps=config.grad_accumulation,
-        )
-        samples = {
+        self.machine, self.say = machine, say
+        self.samples: dict[str, Samples] = {
             name: task.samples(dataset.splits[name], training=name == "train")
             for name in ("train", "val")
         }
-        self.batches = EpochBatches(
-            len(samples["train"]),
-            config.batch_size,
-            lengths=samples["train"].lengths,
-            seed=config.seed,
+        self.engine = Engine(
+            config, task, family, machine, class_counts(dataset), len(self.samples["train"])
         )
-        in_order = EpochBatches(
-            len(samples["val"]), 2 * config.batch_size, lengths=samples["val"].lengths,
-            shuffle=False,
-        )  # fmt: skip
-        workers = config.workers if config.workers is not None else _default_workers()
-        loaders: list[Any] = [
-            DataLoader(
-                samples[name],  # type: ignore[arg-type]
-                batch_sampler=sampler,
-                collate_fn=task.collate,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=self.accelerator.device.type == "cuda",
-                # each pass draws a seed; from the global generator it would shift dropout
-                generator=torch.Generator(),
-            )
-            for name, sampler in (("train", self.batches), ("val", in_order))
-        ]
-        optimizer = make_optimizer(task.network, config)
-        self.peak_lr = [group["lr"] for group in optimizer.param_groups]
-        self.network, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
-            task.network, optimizer, *loaders
-        )
-        _keep_freed_memory()
-        self.steps_per_epoch = -(-len(self.train_loader) // config.grad_accumulation)
-        self.steps = config.epochs * self.steps_per_epoch
-        self.position = Position()
+        keep_freed_memory()
+        self.train_feed = self._feeder("train")
+        self.val_feed = self._feeder("val")
+        self.steps_per_epoch = -(-len(self.train_feed) // config.grad_accumulation)
+        self.position = Position(steps=config.epochs * self.steps_per_epoch)
+        self.settled = config.time_budget == 0
         self.stop_signal = 0
         self.saved_at = self.started = time.monotonic()
+        self.seconds_before = 0.0
+        self.energy_before: float | None = 0.0
         self.shown_at = 0.0
-        self.train_samples = len(samples["train"])
-        self.val_samples = len(samples["val"])
+        self.agree_every = AGREE_EVERY
+        self.pass_seconds = self.samples_per_s = 0.0
+        self.cached = self.cached_in = ""
+        self.meter = EnergyMeter(gpus=gpus_in_use() if machine.device.type == "cuda" else ())
 
     # -- the run ---------------------------------------------------------------------------
 
@@ -229,184 +343,391 @@ class _Loop:
         """Go back to the newest whole checkpoint; without one, begin at the beginning."""
         folder = self.folder / "checkpoints"
         if not folder.is_dir() or not any(folder.glob("step-*")):
-            self.say(Event(kind="note", values={"text": "no checkpoint yet: from the beginning"}))
+            self.say(note("no checkpoint yet: from the beginning"))
             return
-        plain = self.accelerator.unwrap_model(self.network)
-        self.position, skipped = load_checkpoint(folder, plain, self.optimizer.optimizer)
+        self.position, groups, skipped = load_checkpoint(folder)
+        if len(set(self.machine.gather(self.position.step))) > 1:
+            raise ResourceError(
+                f"{folder}: processes see different checkpoints; its file system is behind, try"
+                " again in a minute"
+            )
+        self.engine.restore(groups)
         for line in skipped:
-            self.say(Event(kind="note", values={"text": line}))
-        history = [h for h in read_history(self.folder) if h["epoch"] <= self.position.epoch]
-        _write_history(self.folder, history)
+            self.say(note(line))
+        self.settled = self.config.time_budget == 0 or self.position.epoch > 0
+        self.seconds_before = self.position.seconds
+        self.energy_before = self.position.energy_wh
+        if self.machine.is_main:
+            history = [h for h in read_history(self.folder) if h["epoch"] <= self.position.epoch]
+            write_history(self.folder, history)
 
     def run(self) -> RunRecord:
         """Train from where the position is to the end, early stopping or an interrupt."""
-        self._say_plan()
-        seconds_before = self.position.seconds
-        self.started = time.monotonic()
-        with self._interruptible():
-            while self.position.epoch < self.config.epochs and not self._is_stale():
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            if self.machine.is_main:
+                stack.enter_context(hold_run(self.folder))
+            stack.enter_context(self._interruptible())
+            self._follow(stack)
+            self.started = time.monotonic()
+            self.meter.start()
+            few = self.train_feed.order.batches(0)[0][:FOLDING_SAMPLES]
+            self.engine.fold(self.train_feed.batch_of(few))
+            self._keep_activations()
+            self._compile()
+            self._say_plan()
+            while self._is_unfinished():
                 finished = self._epoch()
-                self._move(seconds=seconds_before + time.monotonic() - self.started)
+                self._clock()
                 if not finished:
                     return self._interrupted()
                 self._validate()
                 self._save()
-                if self.stop_signal and self.position.epoch < self.config.epochs:
+                if any(self.machine.gather(self.stop_signal)) and self._is_unfinished():
                     return self._interrupted()
-        return self._finished()
+            return self._finished()
+        raise AssertionError  # the stack swallows nothing
+
+    def _is_unfinished(self) -> bool:
+        stale = 0 < self.config.patience <= self.position.stale_epochs
+        left = self.position.step < self.position.steps
+        return left and self.position.epoch < self.config.epochs and not stale
 
     def _epoch(self) -> bool:
         """Train the rest of the current epoch; return False where an interrupt cut it short."""
         accumulation = self.config.grad_accumulation
-        self.batches.epoch, self.batches.start = self.position.epoch, self.position.batch
-        set_train_mode(self.network)
+        epoch, begin = self.position.epoch, self.position.batch
+        sizes = [len(b) for b in self.train_feed.order.batches(epoch)]
+        self.engine.train_mode(epoch)
         # summed where it is computed, so that no step waits for the device
-        loss_sum = torch.tensor(
-            self.position.loss_sum, dtype=torch.float64, device=_sum_device(self.accelerator)
+        loss_sum, weight_sum = (
+            torch.tensor(value, dtype=torch.float64, device=_sum_device(self.machine))
+            for value in (self.position.loss_sum, self.position.loss_weight)
         )
-        count = self.position.loss_samples
-        batch_number, batches = self.position.batch, len(self.train_loader) + self.batches.start
-        step = self.position.step
-        for batch in self.train_loader:
-            batch_number += 1
-            labels = batch.pop("labels")
-            is_step = batch_number % accumulation == 0 or batch_number == batches
-            with self._no_sync_unless(is_step):
-                loss = nn.functional.cross_entropy(
-                    self.task.logits(self.network, batch).float(), labels
-                )
-                self.accelerator.backward(loss / self._accumulated(batch_number, batches))
-            loss_sum += loss.detach() * len(labels)
-            count += len(labels)
+        step, began = self.position.step, time.monotonic()
+        for batch in self.train_feed.epoch(epoch, begin):
+            done = batch.number + 1
+            first = batch.number // accumulation * accumulation
+            is_step = done % accumulation == 0 or done == len(sizes)
+            loss, weight = self.engine.accumulate(
+                batch, epoch=epoch, rows=sum(sizes[first : first + accumulation]), last=is_step
+            )
+            loss_sum += loss
+            weight_sum += weight
             if not is_step:
                 continue
-            self._step(step)
+            self._update(step)
             step += 1
-            self._show(step, batch_number, batches, loss_sum, count)
-            overdue = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-            if (self.stop_signal or overdue) and batch_number < batches:
-                self._move(
-                    step=step, batch=batch_number, loss_sum=float(loss_sum), loss_samples=count
-                )
+            self._settle(step, (step - self.position.step) / (time.monotonic() - began))
+            samples = sum(sizes[begin:done])
+            self._show(step, done, len(sizes), (loss_sum, weight_sum), samples, began)
+            is_last = done == len(sizes) or step >= self.position.steps
+            stopping = self._agreed_stop(step)
+            if (stopping or self._is_save_due(step)) and not is_last:
+                self._note_losses(loss_sum, weight_sum)
+                loss_sum.fill_(self.position.loss_sum)  # from here on, of all processes
+                weight_sum.fill_(self.position.loss_weight)
+                self._move(step=step, batch=done)
                 self._save()
-                if self.stop_signal:
+                began, begin = time.monotonic(), done
+                if stopping:
                     return False
-        self._move(step=step, batch=batches, loss_sum=float(loss_sum), loss_samples=count)
+            if is_last:
+                break
+        self._note_losses(loss_sum, weight_sum)
+        self._move(step=step, batch=len(sizes))
+        self.pass_seconds = max(1e-9, time.monotonic() - began)
+        self.samples_per_s = sum(sizes[begin:]) / self.pass_seconds
         return True
 
-    def _step(self, step: int) -> None:
-        """Clip, set the learning rate, update."""
-        factor = lr_factor(self.config, step, self.steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
-            group["lr"] = peak * factor
-        if self.config.grad_clip:
-            trainable = [p for p in self.network.parameters() if p.requires_grad]
-            self.accelerator.clip_grad_norm_(trainable, self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _update(self, step: int) -> None:
+        factor = lr_factor(
+            self.config, step, self.position.steps, steps_per_epoch=self.steps_per_epoch,
+            plateau_drops=self.position.plateau.drops,
+        )  # fmt: skip
+        self.engine.update(factor, step, self.position.steps)
 
     def _validate(self) -> None:
         """End the epoch: measure, keep the best, write history and curves."""
-        loss, truth, predicted = self._predict_validation()
-        report = classification_report(truth, predicted, self.task.labels, resamples=1)
-        train_loss = self.position.loss_sum / max(1, self.position.loss_samples)
-        if not torch.isfinite(torch.tensor(train_loss)):
-            raise DataError(
-                f"the training loss is {train_loss} after epoch {self.position.epoch + 1};"
-                f" lower lr (now {learning_rate(self.config):g}) or use precision fp32"
-            )
+        train_loss = self.position.loss_sum / max(1e-12, self.position.loss_weight)
+        self._check_finite(train_loss)
         epoch = self.position.epoch + 1
-        measured = {
-            "accuracy": report.accuracy.value,
-            "f1_macro": report.f1_macro.value,
-            "loss": loss,
-        }
-        value = measured[self.config.metric] * (-1 if self.config.metric == "loss" else 1)
-        better = self._is_better(value, loss)
+        with self.engine.evaluating():
+            measured = measure(self.engine, self.val_feed)
+            better = self._is_better(measured)
+            if better and (self.machine.is_main or self.engine.sharded):
+                self._save_best()
+        self._clock()
         line = {
             "epoch": epoch,
             "step": self.position.step,
             "train_loss": round(train_loss, 6),
-            "val_loss": round(loss, 6),
-            "val_accuracy": round(measured["accuracy"], 6),
-            "val_f1_macro": round(measured["f1_macro"], 6),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **{f"val_{k}": round(v, 6) for k, v in measured.values.items()},
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
             "seconds": round(self.position.seconds, 3),
+            "pass_seconds": round(self.pass_seconds, 3),
+            "samples_per_s": round(self.samples_per_s, 2),
+            "peak_memory_mib": round(peak_memory_mib(self.machine.device), 1),
         }
-        if self.accelerator.is_main_process:
-            if better:
-                self._save_best()
+        if self.position.energy_wh is not None:
+            line["energy_wh"] = round(self.position.energy_wh, 4)
+        if self.machine.is_main:
             history = [h for h in read_history(self.folder) if h["epoch"] < epoch]
-            _write_history(self.folder, [*history, line])
-            write_curves(self.folder / "curves.png", [*history, line])
+            write_history(self.folder, [*history, line])
+            write_curves(
+                self.folder / "curves.png", [*history, line], metric=selection_metric(self.config)
+            )
+        value = self._selection(measured)
         self._move(
             epoch=epoch,
             batch=0,
             loss_sum=0.0,
-            loss_samples=0,
+            loss_weight=0.0,
             best_epoch=epoch if better else self.position.best_epoch,
             best_value=value if better else self.position.best_value,
-            best_loss=loss if better else self.position.best_loss,
+            best_loss=measured.values["loss"] if better else self.position.best_loss,
             stale_epochs=0 if better else self.position.stale_epochs + 1,
+            plateau=self.position.plateau.after(
+                value, lambda new, best: new > best, self.config.schedule_epochs
+            ),
         )
         if better:
-            self.record = dataclasses.replace(
-                self.record, best_epoch=epoch, metrics={f"val_{k}": v for k, v in measured.items()}
-            )
-        self.say(Event(kind="epoch", values={**line, "best": better, "epochs": self.config.epochs}))
+            metrics = {f"val_{k}": v for k, v in measured.values.items()}
+            self.record = dataclasses.replace(self.record, best_epoch=epoch, metrics=metrics)
+        self.say(Event(kind="epoch", values={**line, "best": better, "epochs": self._epochs()}))
 
-    def _predict_validation(self) -> tuple[float, Any, Any]:
-        """Return the mean loss, and truth and prediction as int64 arrays of shape (samples,)."""
-        self.network.eval()
-        losses: list[Tensor] = []
-        truth: list[Tensor] = []
-        predicted: list[Tensor] = []
-        with torch.inference_mode():
-            for batch in self.val_loader:
-                labels = batch.pop("labels")
-                logits = self.task.logits(self.network, batch).float()
-                loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-                gathered = self.accelerator.gather_for_metrics((loss, labels, logits.argmax(-1)))
-                for store, tensor in zip((losses, truth, predicted), gathered, strict=True):
-                    store.append(tensor)
-        return (
-            float(torch.cat(losses).double().mean()),
-            torch.cat(truth).cpu().numpy(),
-            torch.cat(predicted).cpu().numpy(),
+    # -- before the first step -------------------------------------------------------------
+
+    def _keep_activations(self) -> None:
+        """Keep what the frozen first layers hand over, where that pays and changes nothing."""
+        # a resumed run does as it began: kept activations differ by rounding
+        wanted = self.position.kept or self.config.activation_cache
+        if wanted == "off":
+            return
+        refusal = self._cache_refusal()
+        if refusal is None:
+            try:
+                self._fill_cache()
+            except Refused as reason:
+                refusal = str(reason)
+        if not self.position.kept:
+            self._move(kept="off" if refusal is not None else self.cached_in)
+        if refusal is not None and (wanted != "auto" or self.config.augment_views):
+            self.say(note(f"activations are not kept: {refusal}"))
+
+    def _cache_refusal(self) -> str | None:
+        config, prefix, train = self.config, self.engine.prefix, self.samples["train"]
+        if self.engine.sharded:
+            return "the model is sharded"
+        below = {path for path, _ in blocks(self.engine.plain, self.engine.family)}
+        if not below & set(prefix):
+            return "no block is frozen below the ones that train"
+        if config.mixup or config.cutmix:
+            return "mixup and cutmix mix what the frozen layers are given"
+        if train.views is None:
+            return (
+                "augmentation makes a new image every epoch; --augment-views 4 keeps to four of"
+                " each, or use --augment flip or none"
+                if self.record.task.startswith("image")
+                else "token_dropout makes a new text every epoch"
+            )
+        if config.activation_cache == "auto" and config.epochs <= train.views:
+            return f"{config.epochs} epochs do not pay for {train.views} views"
+        return None
+
+    def _fill_cache(self) -> None:
+        engine, config = self.engine, self.config
+        cut = Cut(engine.plain, engine.prefix)
+        engine.train_mode(0)
+        in_memory = (self.position.kept or config.activation_cache) != "disk"
+        most = config.cache_gib * 2**30
+        if in_memory:
+            most = min(most, free_memory_bytes(torch.device("cpu")) / 2)
+        place = Place(
+            kind="memory" if in_memory else "disk",
+            folder=self.folder / CACHE_FOLDER / str(self.machine.rank),
+            most_bytes=int(most),
         )
+
+        def logits(tensors: dict[str, Tensor]) -> Tensor:
+            return engine.logits(tensors)
+
+        def progress(done: int, all_: int) -> None:
+            now = time.monotonic()
+            if now - self.shown_at >= EVENT_SECONDS or done == all_:
+                self.shown_at = now
+                values = {
+                    "done": done, "of": all_, "text": "frozen layers, once",
+                    "seconds": now - began,
+                }  # fmt: skip
+                self.say(Event(kind="preparing", values=values))
+
+        kept: dict[str, Samples] = {}
+        began = time.monotonic()
+        engine.network.eval()  # frozen layers are in this mode anyway; what follows has no matter
+        for name, samples in self.samples.items():
+            found = keep_activations(
+                cut, logits, samples, place, name=f"{name}.bin",
+                batch_size=config.batch_size, device=self.machine.device, progress=progress,
+            )  # fmt: skip
+            off = difference_behind(cut, logits, samples, found, self.machine.device)
+            if off > CACHE_TOLERANCE:
+                raise Refused(f"behind the cut the model answers otherwise (by {off:.1e})")
+            kept[name] = found
+            place = dataclasses.replace(place, most_bytes=place.most_bytes - found.nbytes)
+        self.samples, engine.cut = kept, cut
+        self.train_feed, self.val_feed = self._feeder("train"), self._feeder("val")
+        size = sum(k.nbytes for k in kept.values())  # type: ignore[attr-defined]
+        self.cached, self.cached_in = f"{size / 2**20:.0f} MiB in {place.kind}", place.kind
+
+    def _compile(self) -> None:
+        mode = self.config.compile
+        on_gpu = self.machine.device.type == "cuda"
+        if mode == "off" or (mode == "auto" and not (on_gpu and self._is_long())):
+            return
+        if self.engine.cut is not None:
+            if mode == "on":
+                self.say(note("not compiled: activations are kept (--activation-cache off)"))
+            return
+        self.engine.network.compile(dynamic=True if self.samples["train"].lengths else None)
+
+    def _is_long(self) -> bool:
+        # of the whole run: a resumed one is compiled if it was before
+        return self.position.steps >= COMPILE_STEPS
+
+    def _follow(self, stack: ExitStack) -> None:
+        """Report to the trackers too."""
+        if not self.config.track or not self.machine.is_main:
+            return
+        shown = self.say
+        trackers = open_trackers(
+            self.config.track, self.folder, self.config, to_mapping(self.record),
+            steps_done=self.position.step, note=lambda text: shown(note(text)),
+        )  # fmt: skip
+        stack.callback(trackers.close)
+
+        def both(event: Event) -> None:
+            shown(event)
+            trackers(event)
+
+        self.say = both
+
+    def _feeder(self, name: str) -> Feeder:
+        samples, config = self.samples[name], self.config
+        training = name == "train"
+        order = BatchOrder(
+            len(samples),
+            config.batch_size * (1 if training else 2),
+            lengths=samples.lengths,
+            shuffle=training,
+            seed=config.seed,
+        )
+        kept = self.engine.cut is not None or samples.lengths is not None
+        workers = config.workers if config.workers is not None else default_workers()
+        return Feeder(
+            samples, order, device=self.machine.device, rank=self.machine.rank,
+            processes=self.machine.processes, workers=0 if kept else workers,
+        )  # fmt: skip
 
     # -- ends ------------------------------------------------------------------------------
 
     def _interrupted(self) -> RunRecord:
         self._write_record("interrupted")
-        self.say(
-            Event(
-                kind="interrupted",
-                values={"step": self.position.step, "steps": self.steps, "folder": self.folder},
-            )
-        )
+        values = {"step": self.position.step, "steps": self.position.steps, "folder": self.folder}
+        self.say(Event(kind="interrupted", values=values))
         return self.record
 
     def _finished(self) -> RunRecord:
         self._write_record("finished")
+        if self.machine.is_main:
+            shutil.rmtree(self.folder / CACHE_FOLDER, ignore_errors=True)
         self.say(
             Event(
                 kind="finished",
                 values={
                     "best_epoch": self.record.best_epoch,
                     "epochs": self.position.epoch,
-                    "stopped_early": self.position.epoch < self.config.epochs,
+                    "stopped_early": self.position.step < self.position.steps,
                     "folder": self.folder,
                     "seconds": self.position.seconds,
+                    "energy_wh": self.position.energy_wh,
                     **self.record.metrics,
                 },
             )
         )
         return self.record
 
+    def _close(self) -> None:
+        self.meter.close()
+        self.train_feed.close()
+        self.val_feed.close()
+
+    # -- time ------------------------------------------------------------------------------
+
+    def _clock(self) -> None:
+        read = self.meter.read()
+        energy = None
+        if read is not None and self.energy_before is not None:
+            energy = self.energy_before + read.watt_hours
+        self._move(seconds=self._used(), energy_wh=energy)
+
+    def _used(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _settle(self, step: int, steps_per_s: float) -> None:
+        """Fit the run's length to the time budget: once early on, and where it runs out."""
+        budget = 60 * self.config.time_budget
+        if not budget:
+            return
+        if self.machine.processes > 1 and step % self.agree_every:
+            return
+        per_step = 1 / steps_per_s
+        # a pass forward is about a third of a step
+        share = len(self.samples["val"]) / max(1, len(self.samples["train"]))
+        validation = self.steps_per_epoch * per_step * share / 3
+        used = self._used()
+        most = self.config.epochs * self.steps_per_epoch
+        steps = self.position.steps
+        is_due = used > SETTLE_SHARE * budget or step % self.steps_per_epoch == 0
+        if self.settled and used + validation > budget:
+            steps = min(steps, step)
+        elif not self.settled and is_due:
+            left = max(0.0, budget - used - validation)
+            fitting = int(left / (per_step + validation / self.steps_per_epoch))
+            steps = min(most, max(step + 1, step + fitting))
+        steps, settled = self.machine.same((steps, self.settled or is_due))
+        if settled and not self.settled and steps < most:
+            epochs = steps / self.steps_per_epoch
+            self.say(note(f"{self.config.time_budget:g} minutes allow {epochs:.1f} epochs"))
+        self.settled = settled
+        self._move(steps=steps)
+
+    def _is_save_due(self, step: int) -> bool:
+        if self.config.checkpoint_steps:
+            return step % self.config.checkpoint_steps == 0
+        overdue = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        if self.machine.processes == 1:
+            return overdue
+        return step % self.agree_every == 0 and bool(self.machine.same(overdue))
+
+    def _agreed_stop(self, step: int) -> bool:
+        if self.machine.processes == 1:
+            return self.stop_signal != 0
+        if step % self.agree_every:
+            return False
+        return any(self.machine.gather(self.stop_signal))
+
     # -- details ---------------------------------------------------------------------------
 
     def _say_plan(self) -> None:
+        found = rehearse(self.engine, self.train_feed, self.config.grad_accumulation)
+        # launchers wait half a minute for an end; agreeing costs little beside a slow step
+        often = int(AGREE_SECONDS / max(1e-6, found.seconds_per_step))
+        self.agree_every = self.machine.same(max(1, min(AGREE_EVERY, often)))
+        left = self.position.steps - self.position.step
+        minutes = found.seconds_per_step * left / 60
+        if self.config.time_budget:
+            minutes = min(minutes, self.config.time_budget)
         self.say(
             Event(
                 kind="plan",
@@ -416,90 +737,118 @@ class _Loop:
                     "trainable": self.record.trainable_parameters,
                     "parameters": self.record.parameters,
                     "labels": len(self.record.labels),
-                    "train": self.train_samples,
-                    "val": self.val_samples,
-                    "steps": self.steps,
+                    "train": len(self.samples["train"]),
+                    "val": len(self.samples["val"]),
+                    "steps": self.position.steps,
                     "steps_done": self.position.step,
-                    "device": str(self.accelerator.device),
-                    "processes": self.accelerator.num_processes,
-                    "precision": _mixed_precision(self.config).replace("no", "fp32"),
+                    "epochs": self.config.epochs,
+                    "device": str(self.machine.device),
+                    "processes": self.machine.processes,
+                    "precision": self.machine.precision.replace("no", "fp32"),
                     "lr": learning_rate(self.config),
                     "batch_size": self.config.batch_size,
+                    "memory_mib": found.memory_mib,
+                    "minutes": minutes,
+                    "kept": self.cached,
                 },
             )
         )
 
-    def _show(self, step: int, batch: int, batches: int, loss_sum: Tensor, count: int) -> None:
+    def _show(
+        self, step: int, batch: int, batches: int, losses: tuple[Tensor, Tensor], samples: int,
+        began: float,
+    ) -> None:  # fmt: skip
         """Report progress a few times a second; only then is the loss fetched."""
         now = time.monotonic()
         if now - self.shown_at < EVENT_SECONDS:
             return
         self.shown_at = now
+        loss = float(losses[0]) / max(1e-12, float(losses[1]))
+        if self.machine.processes == 1:
+            self._check_finite(loss)
         values = {
             "step": step,
-            "steps": self.steps,
+            "steps": self.position.steps,
             "epoch": self.position.epoch + 1,
-            "epochs": self.config.epochs,
+            "epochs": self._epochs(),
             "batch": batch,
             "batches": batches,
-            "loss": float(loss_sum) / max(1, count),
+            "loss": loss,
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "samples_per_s": samples / max(1e-9, now - began),
         }
         self.say(Event(kind="step", values=values))
 
-    def _is_better(self, value: float, loss: float) -> bool:
+    def _epochs(self) -> int:
+        return min(self.config.epochs, -(-self.position.steps // self.steps_per_epoch))
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the training loss is {loss} in epoch {self.position.epoch + 1};"
+                f" lower lr (now {learning_rate(self.config):g}) or use precision fp32"
+            )
+
+    def _note_losses(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
+        """Put the epoch's losses into the position; each process keeps the sum over all."""
+        own = torch.stack([loss_sum, weight_sum])
+        if self.machine.processes > 1:
+            # what was summed before a resume is in every process already
+            before = torch.tensor(
+                [self.position.loss_sum, self.position.loss_weight], dtype=own.dtype
+            ).to(own.device)
+            own = before + self.machine.sum(own - before)
+        self._move(loss_sum=float(own[0]), loss_weight=float(own[1]))
+
+    def _selection(self, measured: Measured) -> float:
+        metric = selection_metric(self.config)
+        return measured.values[metric] * (-1 if metric in MINIMIZED else 1)
+
+    def _is_better(self, measured: Measured) -> bool:
         best, best_loss = self.position.best_value, self.position.best_loss
         if best is None or best_loss is None:
             return True
-        return value > best or (value == best and loss < best_loss)
-
-    def _is_stale(self) -> bool:
-        return 0 < self.config.patience <= self.position.stale_epochs
-
-    def _accumulated(self, batch_number: int, batches: int) -> int:
-        """Return how many batches the current step sums over; the last may have fewer."""
-        size = self.config.grad_accumulation
-        first = (batch_number - 1) // size * size
-        return min(size, batches - first)
-
-    @contextmanager
-    def _no_sync_unless(self, is_step: bool) -> Iterator[None]:
-        if is_step:
-            yield
-        else:
-            with self.accelerator.no_sync(self.network):
-                yield
+        value = self._selection(measured)
+        return value > best or (value == best and measured.values["loss"] < best_loss)
 
     def _move(self, **changes: Any) -> None:
         self.position = dataclasses.replace(self.position, **changes)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            plain = self.accelerator.unwrap_model(self.network)
-            save_checkpoint(
-                self.folder / "checkpoints", plain, self.optimizer.optimizer, self.position
-            )
-            self._write_record("running")
+        self._clock()
+        self.engine.share_statistics()
+        if self.machine.is_main or self.engine.sharded:
+            groups = self.engine.groups()
+            if self.machine.is_main:
+                # killed between the two, an epoch is done again rather than its record lost
+                self._write_record("running")
+                save_checkpoint(self.folder / "checkpoints", groups, self.position)
         self.saved_at = time.monotonic()
 
     def _save_best(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        plain = self.accelerator.unwrap_model(self.network)
-        state = {n: t.contiguous().cpu() for n, t in trainable_state(plain).items()}
+        state = self.engine.trained()
+        if not self.machine.is_main:
+            return
 
         def write(path: Path) -> None:
             try:
                 save_file(state, path)
-            except RuntimeError as error:  # safetensors' own error for a full disk
+            except SafetensorError as error:  # its own for a full disk
                 raise OSError(str(error)) from error
 
         replace_atomic(self.folder / BEST_NAME, write)
 
     def _write_record(self, status: Literal["running", "interrupted", "finished"]) -> None:
         self.record = dataclasses.replace(
-            self.record, status=status, seconds=round(self.position.seconds, 3)
+            self.record,
+            status=status,
+            seconds=round(self.position.seconds, 3),
+            energy_wh=self.position.energy_wh,
         )
-        if self.accelerator.is_main_process:
+        if self.machine.is_main:
             write_record(self.folder, self.record)
 
     @contextmanager
@@ -507,10 +856,11 @@ class _Loop:
         """Let the first Ctrl-C or SIGTERM end the run after its step; a second ends it at once."""
 
         def handle(number: int, frame: object) -> None:  # noqa: ARG001
-            if self.stop_signal:
+            # a launcher may send SIGTERM twice; only a person who presses again means it
+            if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.say(Event(kind="note", values={"text": "stopping after this step"}))
+            self.say(note("stopping after this step"))
 
         try:
             previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -521,63 +871,13 @@ class _Loop:
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of memory at batch_size {self.config.batch_size}; lower batch_size and"
-                " raise grad_accumulation by as much"
+                " raise grad_accumulation by as much, or let --batch-size 0 find one"
             ) from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """Return metrics.jsonl, one mapping an epoch; [] where there is none."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
-
-
-def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    text = "".join(json.dumps(line) + "\n" for line in history)
-    write_atomic(folder / "metrics.jsonl", text.encode())
-
-
-def _mixed_precision(config: TrainConfig) -> str:
-    """Return accelerate's word for the config's precision; "auto" looks at the machine."""
-    if config.precision != "auto":
-        return "no" if config.precision == "fp32" else config.precision
-    if config.cpu or not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def _default_workers() -> int:
-    """Return how many processes load data: none where they would take the cores of training."""
-    import os
-
-    cores = os.cpu_count() or 1
-    return 0 if cores <= 2 else min(8, cores - 1)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to hand large freed blocks back to the system.
-
-    A step frees and takes the same hundreds of MiB of activations again; given back, every page
-    is zeroed and mapped anew each time, which took a third of a convolutional net's step.
-    """
-    import ctypes
-    import platform
-
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def _sum_device(accelerator: Any) -> Any:
+def _sum_device(machine: Machine) -> torch.device:
     """Return where losses are summed in float64; Apple's GPUs have none."""
-    return "cpu" if accelerator.device.type == "mps" else accelerator.device
-
-
-def _silent(event: Event) -> None:
-    """Show nothing."""
+    return torch.device("cpu") if machine.device.type == "mps" else machine.device

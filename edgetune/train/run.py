@@ -21,14 +21,14 @@ from typing import Any, Literal
 import torch
 
 from edgetune.config import TrainConfig, load_config
-from edgetune.data import Dataset, DataSource, accept, check_dataset, load_dataset
+from edgetune.data import Dataset, DataSource, Scale, accept, check_dataset, load_dataset
 from edgetune.errors import ConfigError, IntegrityError
 from edgetune.models.adapt import adapt, frozen_sha256, load_trainable, merge_adapters
 from edgetune.models.families import Family
 from edgetune.models.load import load_model
 from edgetune.runtime.files import write_atomic
 from edgetune.runtime.records import from_mapping, to_mapping
-from edgetune.tasks import TaskModel, open_task, task_kind
+from edgetune.tasks import TaskModel, open_task, task_kind, task_target
 
 RECORD_NAME = "run.json"
 BEST_NAME = "best.safetensors"
@@ -39,7 +39,9 @@ class RunRecord:
     """What a run is and how far it came.
 
     frozen_sha256: of the frozen base parameters, which the run does not store.
+    scale: of a regression, how its values are learned.
     left_out: where the samples lie that an allowed data problem took out.
+    energy_wh: of the whole run; None where nothing measures it.
     """
 
     status: Literal["running", "interrupted", "finished"]
@@ -48,10 +50,12 @@ class RunRecord:
     trainable_parameters: int
     parameters: int
     frozen_sha256: str
+    scale: Scale | None = None
     left_out: tuple[str, ...] = ()
     best_epoch: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    energy_wh: float | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -77,6 +81,8 @@ def data_source(config: TrainConfig) -> DataSource:
         label_column=config.label_column,
         val_fraction=config.val_fraction,
         seed=config.seed,
+        target=task_target(config.task),
+        label_separator=config.label_separator,
     )
 
 
@@ -132,7 +138,7 @@ def open_run(folder: Path) -> Run:
     load_trainable(loaded.network, _read_best(folder))
     merge_adapters(loaded.network)
     loaded.network.eval().requires_grad_(False)
-    task = open_task(config.task, loaded, record.labels, config)
+    task = open_task(config.task, loaded, record.labels, config, scale=record.scale)
     return Run(folder=folder, config=config, record=record, family=loaded.family, task=task)
 
 
@@ -168,7 +174,9 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    names = ("edgetune", "torch", "torchvision", "transformers", "peft", "accelerate")
+    names = (
+        "edgetune", "torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes",
+    )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
         try:

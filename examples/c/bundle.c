@@ -219,12 +219,17 @@ et_status et_run_ids(const et_bundle *bundle, const int64_t *ids, size_t tokens,
     return status;
 }
 
-void et_softmax(float *scores, size_t count) {
-    float largest = scores[et_best(scores, count)];
-    double sum = 0;
-    for (size_t i = 0; i < count; i++) sum += exp((double)scores[i] - (double)largest);
+void et_softmax(const et_bundle *bundle, float *scores) {
+    size_t count = et_label_count(bundle);
+    double largest = (double)scores[et_best(scores, count)], sum = 0;
+    double temperature = bundle->manifest.temperature;
+    for (size_t i = 0; i < count; i++) sum += exp(((double)scores[i] - largest) / temperature);
     for (size_t i = 0; i < count; i++)
-        scores[i] = (float)(exp((double)scores[i] - (double)largest) / sum);
+        scores[i] = (float)(exp(((double)scores[i] - largest) / temperature) / sum);
+}
+
+bool et_is_sure(const et_bundle *bundle, float score) {
+    return (double)score >= bundle->manifest.threshold;
 }
 
 size_t et_best(const float *scores, size_t count) {

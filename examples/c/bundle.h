@@ -5,8 +5,9 @@
  *     if (et_open(&bundle, "bundle", NULL, &error)) { puts(error.text); return error.status; }
  *     float *scores = malloc(et_label_count(bundle) * sizeof *scores);
  *     if (!et_run_pixels(bundle, rgb, height, width, scores, &error)) {
- *         et_softmax(scores, et_label_count(bundle));
- *         puts(et_label(bundle, et_best(scores, et_label_count(bundle))));
+ *         size_t best = et_best(scores, et_label_count(bundle));
+ *         et_softmax(bundle, scores);
+ *         if (et_is_sure(bundle, scores[best])) puts(et_label(bundle, best));
  *     }
  *     et_close(bundle);
  *
@@ -16,6 +17,7 @@
 #ifndef ET_BUNDLE_H
 #define ET_BUNDLE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -52,10 +54,15 @@ et_status et_run_pixels(const et_bundle *bundle, const uint8_t *rgb, size_t heig
 et_status et_run_ids(const et_bundle *bundle, const int64_t *ids, size_t tokens, float *logits,
                      et_error *error);
 
-/* Turn logits into probabilities, in place. */
-void et_softmax(float *scores, size_t count);
+/* Turn logits into probabilities, in place: softmax(logits / T), T as the manifest states it. */
+void et_softmax(const et_bundle *bundle, float *scores);
 
-/* Return the index of the largest score. */
+/* Return whether the probability of the best label reaches the manifest's threshold; below it the
+ * label is no more than a best guess. */
+bool et_is_sure(const et_bundle *bundle, float score);
+
+/* Return the index of the largest score. Ask it of the logits: a high temperature can make two
+ * probabilities equal. */
 size_t et_best(const float *scores, size_t count);
 
 #ifdef __cplusplus

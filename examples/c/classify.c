@@ -2,7 +2,8 @@
  *
  *     ffmpeg -i photo.jpg -f rawvideo -pix_fmt rgb24 - | ./classify bundle 640 480
  *
- * One line an image: label and probability. ORT_LIB and exit status: as of verify_bundle.
+ * One line an image: label and probability, and "(abstained)" where that is below the bundle's
+ * threshold. ORT_LIB and exit status: as of verify_bundle.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,12 +16,13 @@ static et_status classify(const et_bundle *bundle, size_t width, size_t height, 
     while ((got = fread(pixels, 1, expected, stdin)) == expected) {
         et_status status = et_run_pixels(bundle, pixels, height, width, scores, error);
         if (status) return status;
-        et_softmax(scores, labels);
         size_t best = et_best(scores, labels);
+        et_softmax(bundle, scores);
         char label[256];
         snprintf(label, sizeof label, "%s", et_label(bundle, best));
         et_printable(label);
-        printf("%s %.4f\n", label, (double)scores[best]);
+        printf("%s %.4f%s\n", label, (double)scores[best],
+               et_is_sure(bundle, scores[best]) ? "" : " (abstained)");
         fflush(stdout);
     }
     if (got == 0 && !ferror(stdin)) return ET_OK;

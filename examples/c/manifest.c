@@ -108,6 +108,29 @@ static et_status read_labels(et_manifest *manifest, const json_node *labels, et_
     return ET_OK;
 }
 
+/* Read the number object[key], which has to be in [low, high]. */
+static bool read_number(const json_node *object, const char *key, double low, double high,
+                        double *value) {
+    const json_node *node = json_get(object, key);
+    if (!node || node->type != JSON_NUMBER || node->number < low || node->number > high)
+        return false;
+    *value = node->number;
+    return true;
+}
+
+/* How logits become answers; a manifest need not say. */
+static et_status read_scoring(et_manifest *manifest, const json_node *calibration,
+                              const json_node *abstention, et_error *error) {
+    manifest->temperature = 1;
+    manifest->threshold = 0;
+    if (calibration &&
+        !read_number(calibration, "temperature", 0.001, 1000, &manifest->temperature))
+        return refuse(error, "calibration: temperature: expected 0.001 to 1000");
+    if (abstention && !read_number(abstention, "threshold", 0, 1, &manifest->threshold))
+        return refuse(error, "abstention: threshold: expected 0 to 1");
+    return ET_OK;
+}
+
 /* Return whether `specs` describes a tensor of that name and type. */
 static bool has_tensor(const json_node *specs, const char *name, const char *dtype) {
     for (const json_node *s = specs ? specs->first : NULL; s; s = s->next) {
@@ -210,6 +233,9 @@ static et_status read_root(et_manifest *manifest, const json_node *root, et_erro
     manifest->name = text_of(root, "name");
     if (!manifest->name) return refuse(error, "name: expected a string");
     et_status status = read_labels(manifest, json_get(root, "labels"), error);
+    if (!status)
+        status = read_scoring(manifest, json_get(root, "calibration"),
+                              json_get(root, "abstention"), error);
     if (!status) status = read_task(manifest, root, error);
     if (!status) status = read_session(manifest, json_get(root, "session"), error);
     if (!status) status = read_compatibility(manifest, json_get(root, "compatibility"), error);

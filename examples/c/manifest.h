@@ -32,6 +32,8 @@ typedef struct {
     const char *name;
     size_t label_count;
     const char **labels; /* in the order of the logits */
+    double temperature;  /* logits are divided by it before softmax; 1 where none is stated */
+    double threshold;    /* a score below it is a best guess only; 0 where none is stated */
     size_t max_tokens;   /* of a text */
     const char *onnxruntime_min;
     const json_node *onnxruntime_excluded; /* array of strings */

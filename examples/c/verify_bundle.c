@@ -30,9 +30,10 @@ static et_status check_golden(const et_bundle *bundle, const et_goldens *goldens
     char label[256];
     snprintf(label, sizeof label, "%s", et_label(bundle, best));
     et_printable(label);
-    et_softmax(logits, labels);
-    printf("golden %zu: label %s score %.2f, largest difference %.2g\n", index, label,
-           (double)logits[best], difference);
+    et_softmax(bundle, logits);
+    printf("golden %zu: label %s score %.2f%s, largest difference %.2g\n", index, label,
+           (double)logits[best], et_is_sure(bundle, logits[best]) ? "" : " (abstained)",
+           difference);
     if (difference <= tolerance) return ET_OK;
     return et_fail(error, ET_INTEGRITY,
                    "golden %zu: a logit is %.4g from the stored one, allowed %.4g; this device"

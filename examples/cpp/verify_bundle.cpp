@@ -116,11 +116,13 @@ void report(const et_manifest& manifest, size_t index, const std::vector<float>&
             double difference) {
     const auto best = std::max_element(logits.begin(), logits.end());
     double sum = 0;
-    for (float logit : logits) sum += std::exp(static_cast<double>(logit) - *best);
+    for (float logit : logits)
+        sum += std::exp((static_cast<double>(logit) - *best) / manifest.temperature);
+    const double score = 1 / sum;
     std::string label = manifest.labels[best - logits.begin()];
     et_printable(label.data());
-    std::printf("golden %zu: label %s score %.2f, largest difference %.2g\n", index, label.c_str(),
-                1 / sum, difference);
+    std::printf("golden %zu: label %s score %.2f%s, largest difference %.2g\n", index,
+                label.c_str(), score, score >= manifest.threshold ? "" : " (abstained)", difference);
     if (difference <= manifest.tolerance) return;
     et_error error;
     check(et_fail(&error, ET_INTEGRITY,

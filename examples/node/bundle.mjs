@@ -92,6 +92,21 @@ export function readGoldens(folder, manifest) {
   }));
 }
 
+/**
+ * Return the answer that a bundle's logits are: softmax(logits / T), T as the manifest states it.
+ * @param {Float32Array} logits
+ * @returns {{label: string, score: number, abstained: boolean}} abstained: whether the score is
+ *   below the manifest's threshold, so that the label is no more than a best guess
+ */
+export function classify(logits, manifest) {
+  const temperature = manifest.calibration?.temperature ?? 1;
+  const best = logits.reduce((top, logit, i) => (logit > logits[top] ? i : top), 0);
+  const sum = logits.reduce((s, x) => s + Math.exp((x - logits[best]) / temperature), 0);
+  const score = 1 / sum;
+  const abstained = !(score >= (manifest.abstention?.threshold ?? 0));
+  return { label: manifest.labels[best], score, abstained };
+}
+
 function readPixels(npz, index) {
   const { shape, data } = readArray(npz, `input_${index}`, "|u1");
   if (shape.length !== 3 || shape[2] !== 3 || data.length === 0) {
@@ -187,6 +202,14 @@ function checkManifest(m) {
     isStrings(m.labels) && m.labels.length >= 1 && m.labels.length <= MAX_LABELS,
     `labels: expected a list of 1 to ${MAX_LABELS} strings`,
   );
+  need(
+    m.calibration === undefined || isWithin(m.calibration?.temperature, 0.001, 1000),
+    "calibration: temperature: expected 0.001 to 1000",
+  );
+  need(
+    m.abstention === undefined || isWithin(m.abstention?.threshold, 0, 1),
+    "abstention: threshold: expected 0 to 1",
+  );
   if (typeof m.task !== "string" || !Object.hasOwn(INPUTS, m.task)) {
     throw new BundleError(CONFIG, `${where}: task '${m.task}' is not known to this program`);
   }
@@ -262,6 +285,7 @@ async function checkFile(folder, name, entry) {
 
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 const isStrings = (value) => Array.isArray(value) && value.every((v) => typeof v === "string");
+const isWithin = (value, low, high) => Number.isFinite(value) && value >= low && value <= high;
 const isWhole = (value, low, high) => Number.isInteger(value) && value >= low && value <= high;
 
 function tensorTypes(specs) {

@@ -2,7 +2,7 @@
 //
 // Exit status: 0 if every logit is within the manifest's tolerance, else one of errors.mjs.
 
-import { openGraph, readGoldens, readManifest } from "./bundle.mjs";
+import { classify, openGraph, readGoldens, readManifest } from "./bundle.mjs";
 import { BundleError, CONFIG, INTEGRITY, printable } from "./errors.mjs";
 
 async function verify(folder, wasm) {
@@ -12,11 +12,11 @@ async function verify(folder, wasm) {
   for (const [index, golden] of readGoldens(folder, manifest).entries()) {
     const logits = await run(golden.feeds);
     const difference = largestDifference(logits, golden.logits);
-    const best = logits.reduce((top, logit, i) => (logit > logits[top] ? i : top), 0);
-    const label = printable(manifest.labels[best]);
-    const score = (1 / logits.reduce((sum, x) => sum + Math.exp(x - logits[best]), 0)).toFixed(2);
+    const { label, score, abstained } = classify(logits, manifest);
+    const answer = `label ${printable(label)} score ${score.toFixed(2)}`;
     console.log(
-      `golden ${index}: label ${label} score ${score}, largest difference ${short(difference, 2)}`,
+      `golden ${index}: ${answer}${abstained ? " (abstained)" : ""}, largest difference` +
+        ` ${short(difference, 2)}`,
     );
     if (!(difference <= tolerance)) {
       throw new BundleError(

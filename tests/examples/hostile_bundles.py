@@ -65,6 +65,11 @@ MANIFESTS: dict[str, tuple[Edit, int]] = {
     "config that onnxruntime refuses": (put("session/config", {"": "1"}), INTEGRITY),
     "another provider": (put("session/execution_providers", ["CUDAExecutionProvider"]), CONFIG),
     "newer onnxruntime": (put("compatibility/onnxruntime_min", "99.0.0"), CONFIG),
+    "calibration without a temperature": (put("calibration", {"samples": 40}), INTEGRITY),
+    "temperature of 0": (put("calibration", {"temperature": 0}), INTEGRITY),
+    "temperature as text": (put("calibration", {"temperature": "2"}), INTEGRITY),
+    "calibration of a list": (put("calibration", [2]), INTEGRITY),
+    "threshold above 1": (put("abstention", {"threshold": 1.5}), INTEGRITY),
     "negative count": (put("goldens/count", -1), INTEGRITY),
     "count of a billion": (put("goldens/count", 10**9), INTEGRITY),
     "more goldens than stored": (put("goldens/count", 3), INTEGRITY),
@@ -158,6 +163,16 @@ def header(old: bytes, new: bytes) -> Edit:
     assert len(old) == len(new)
     return with_member("logits", lambda data: data.replace(old, new))
 
+
+# what the tiny bundles of colors then answer: softmax of (8, 0, 0) / 2 is 1 / (1 + 2 e^-4) = 0.965
+# for red, of (3, 1, 2) / 2 it is 1 / (1 + e^-1 + e^-0.5) = 0.506; the second is below the threshold
+CALIBRATION = {"temperature": 2.0, "ece_before": 0.1, "ece_after": 0.05, "samples": 40}
+ABSTENTION = {"threshold": 0.6, "accuracy": 0.9, "low": 0.91, "coverage": 0.8, "samples": 40}
+CALIBRATED_LINES = [
+    "golden 0: label red score 0.96, largest difference 0",
+    "golden 1: label red score 0.51 (abstained), largest difference 0",
+    "2 goldens, every logit within 0.001",
+]
 
 COLOR_LOGITS = np.float32([[8, 0, 0], [3, 1, 2]])
 COLOR_GOLDENS: dict[str, Edit] = {

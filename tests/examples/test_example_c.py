@@ -6,6 +6,9 @@ import subprocess
 import numpy as np
 import pytest
 from hostile_bundles import (
+    ABSTENTION,
+    CALIBRATED_LINES,
+    CALIBRATION,
     COLOR_GOLDENS,
     COLOR_LOGITS,
     CONFIG,
@@ -109,6 +112,12 @@ def test_ids_get_the_answers_worked_out_by_hand(verify, word_bundle):
         ],
         "",
     )
+
+
+def test_scores_are_calibrated_and_those_below_the_threshold_are_marked(verify, color_bundle, edit):
+    edit(color_bundle / "manifest.json", put("calibration", CALIBRATION))
+    edit(color_bundle / "manifest.json", put("abstention", ABSTENTION))
+    assert verify(color_bundle) == (0, CALIBRATED_LINES, "")
 
 
 def test_a_difference_within_the_tolerance_is_printed(verify, color_bundle, edit, seal):
@@ -238,6 +247,15 @@ def test_classify_reads_raw_pixels_until_they_end(run, color_bundle):
     code, lines, _ = run("classify", color_bundle, 1, 1, stdin=bytes([3, 1, 2, 0, 9, 0]))
     assert code == 0
     assert lines == ["red 0.6652", "green 0.9998"]  # 1 / (1 + e^-2 + e^-1), 1 / (1 + 2 e^-9)
+
+
+def test_classify_calibrates_too(run, color_bundle, edit):
+    edit(color_bundle / "manifest.json", put("calibration", CALIBRATION))
+    edit(color_bundle / "manifest.json", put("abstention", ABSTENTION))
+    code, lines, _ = run("classify", color_bundle, 1, 1, stdin=bytes([3, 1, 2, 0, 9, 0]))
+    assert code == 0
+    # 1 / (1 + e^-1 + e^-0.5), 1 / (1 + 2 e^-4.5)
+    assert lines == ["red 0.5065 (abstained)", "green 0.9783"]
 
 
 def test_classify_says_when_pixels_are_missing(run, color_bundle):

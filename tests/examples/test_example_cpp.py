@@ -5,7 +5,17 @@ import subprocess
 
 import numpy as np
 import pytest
-from hostile_bundles import COLOR_GOLDENS, CONFIG, INTEGRITY, WORD_GOLDENS, put, with_arrays
+from hostile_bundles import (
+    ABSTENTION,
+    CALIBRATED_LINES,
+    CALIBRATION,
+    COLOR_GOLDENS,
+    CONFIG,
+    INTEGRITY,
+    WORD_GOLDENS,
+    put,
+    with_arrays,
+)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +79,12 @@ def test_ids_get_the_answers_worked_out_by_hand(verify, word_bundle):
         ],
         "",
     )
+
+
+def test_scores_are_calibrated_and_those_below_the_threshold_are_marked(verify, color_bundle, edit):
+    edit(color_bundle / "manifest.json", put("calibration", CALIBRATION))
+    edit(color_bundle / "manifest.json", put("abstention", ABSTENTION))
+    assert verify(color_bundle) == (0, CALIBRATED_LINES, "")
 
 
 @pytest.mark.parametrize("wrong", [9.0, np.nan])

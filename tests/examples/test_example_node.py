@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile_bundles import (
+    ABSTENTION,
+    CALIBRATED_LINES,
+    CALIBRATION,
     COLOR_GOLDENS,
     COLOR_LOGITS,
     CONFIG,
@@ -160,6 +163,12 @@ def test_ids_get_the_answers_worked_out_by_hand(verify, word_bundle, engine):
         ],
         "",
     )
+
+
+def test_scores_are_calibrated_and_those_below_the_threshold_are_marked(verify, color_bundle, edit):
+    edit(color_bundle / "manifest.json", put("calibration", CALIBRATION))
+    edit(color_bundle / "manifest.json", put("abstention", ABSTENTION))
+    assert verify(color_bundle) == (0, CALIBRATED_LINES, "")
 
 
 def test_a_difference_within_the_tolerance_is_printed(verify, color_bundle, edit, seal):

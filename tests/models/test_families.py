@@ -1,6 +1,12 @@
-"""Every family row fits a small random instance of its models: blocks, head, LoRA, merge."""
+"""Rows of families.toml against small random instances: blocks, head, LoRA, merge.
+
+test_every_family.py has an instance of each row.
+"""
+
+import warnings
 
 import pytest
+import timm
 import torch
 import torchvision
 import transformers
@@ -9,7 +15,7 @@ from torch import nn
 from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError
 from edgetune.models.adapt import adapt, merge_adapters, parameter_counts, set_train_mode
-from edgetune.models.families import blocks, families, find_family, present
+from edgetune.models.families import blocks, check_family, find_family, present
 from edgetune.tasks.graph import logits_of
 
 ENCODER = {
@@ -62,8 +68,54 @@ def row(name: str):
 NAMES = [*TEXT, *IMAGE, *(f"torchvision:{n}" for n in TORCHVISION)]
 
 
-def test_every_family_has_an_instance_here():
-    assert {row(name).name for name in NAMES} == {f.name for f in families()}
+# counted in the papers' tables; layers that lie between blocks count where they are children too
+PUBLISHED_BLOCKS = {
+    "torchvision:alexnet": 13, "torchvision:vgg16": 31, "torchvision:googlenet": 11,
+    "torchvision:inception_v3": 11, "torchvision:densenet121": 12, "torchvision:mnasnet1_0": 17,
+    "torchvision:shufflenet_v2_x1_0": 16, "torchvision:convnext_tiny": 8, "torchvision:swin_t": 8,
+    "torchvision:vit_b_16": 12, "timm:resnet50": 16, "timm:vit_small_patch16_224": 12,
+    "timm:swin_tiny_patch4_window7_224": 4, "timm:efficientnet_b0": 7, "timm:mobilenetv2_100": 7,
+    "timm:mobilenetv3_large_100": 7, "timm:convnext_tiny": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BLOCKS)
+def test_published_networks_have_the_blocks_of_their_papers(name):
+    source, _, kind = name.partition(":")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Inception's of another random start
+        network = (
+            torchvision.models.get_model(kind, weights=None)
+            if source == "torchvision"
+            else timm.create_model(kind)
+        )
+    family = find_family(source, kind)
+    check_family(network, family, name=name)
+    assert len(blocks(network, family)) == PUBLISHED_BLOCKS[name]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "family"),
+    [
+        ("torchvision", "resnext50_32x4d", "resnext"),
+        ("torchvision", "swin_v2_t", "swin"),
+        ("torchvision", "efficientnet_v2_s", "efficientnet"),
+        ("timm", "tf_mobilenetv3_small_100", "mobilenet_v3-timm"),
+        ("timm", "seresnext50_32x4d", "resnext-timm"),
+        ("transformers", "xlm-roberta", "roberta"),
+        ("transformers", "deberta", "deberta"),
+        ("transformers", "deberta-v2", "deberta-v2"),
+    ],
+)
+def test_the_longest_prefix_or_the_exact_type_decides(source, kind, family):
+    assert find_family(source, kind).name == family
+
+
+def test_a_network_built_unlike_its_name_is_refused():
+    with torch.device("meta"):
+        network = timm.create_model("resnetv2_50")
+    with pytest.raises(ConfigError, match="is built unlike the other models of family resnet-timm"):
+        check_family(network, find_family("timm", "resnetv2_50"), name="timm:resnetv2_50")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,5 +194,5 @@ def test_frozen_batchnorm_keeps_its_statistics():
 
 
 def test_an_unknown_family_lists_the_known():
-    with pytest.raises(ConfigError, match=r"'t5' is of no known family; known: bert"):
+    with pytest.raises(ConfigError, match=r"'t5' is of no known family; known: albert"):
         find_family("transformers", "t5")

@@ -34,7 +34,9 @@ def test_centre_crop_agrees_with_torchvision_in_float(size, interpolation):
             v2.CenterCrop(56),
         ]
     )(torch.from_numpy(image).permute(2, 0, 1).float())
-    np.testing.assert_allclose(run(spec, image), reference.numpy() / 255, atol=2e-5)
+    # on bytes, as models are trained, bicubic's overshoot is cut off
+    reference = reference.clamp(0, 255).numpy() / 255
+    np.testing.assert_allclose(run(spec, image), reference, atol=2e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -16,6 +16,8 @@ from edgetune.runtime.manifest import (
     FILE_NAME,
     MAX_DEPTH,
     SESSION_KEYS,
+    Abstention,
+    Calibration,
     Compatibility,
     DeviceClass,
     Evaluation,
@@ -108,6 +110,23 @@ MANIFESTS = st.builds(
             sha256=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
         ),
         max_size=3,
+    ),
+    calibration=st.none()
+    | st.builds(
+        Calibration,
+        temperature=st.floats(1e-3, 1e3),
+        ece_before=NUMBER,
+        ece_after=NUMBER,
+        samples=st.integers(),
+    ),
+    abstention=st.none()
+    | st.builds(
+        Abstention,
+        threshold=st.floats(0, 1),
+        accuracy=NUMBER,
+        low=NUMBER,
+        coverage=NUMBER,
+        samples=st.integers(),
     ),
     overrides=tuples(TEXT),
     edgetune_version=TEXT,

@@ -235,6 +235,18 @@ def test_texts_are_answered_in_order(words):
     assert set(answer) == {"results", "milliseconds"}
 
 
+def test_every_label_given_is_answered_and_counted(start, word_bundle, seal):
+    seal(word_bundle, task="text-multilabel-classification")
+    words = start(EdgeModel.load(word_bundle))
+    _, _, answer = words.predict("bad bad")
+    # logits (2, 0): 1 / (1 + e^-2) and one half
+    assert answer["labels"] == ["negative", "positive"]
+    scores = {"negative": pytest.approx(0.880797, abs=1e-6), "positive": 0.5}
+    assert answer["scores"] == scores
+    assert words.metric('edgetune_predictions_total{label="negative"}') == 1
+    assert words.metric('edgetune_predictions_total{label="positive"}') == 1
+
+
 def test_no_texts_have_no_answers(words):
     _, _, answer = words.ask("POST", "/predict", '{"inputs": []}', JSON)
     assert answer["results"] == []

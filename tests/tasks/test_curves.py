@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from edgetune.errors import DataError, MissingExtraError
-from edgetune.tasks.curves import best_epoch, curves_figure, write_curves, write_whole
+from edgetune.tasks.curves import best_epoch, curves_figure, write_curves
 
 HISTORY = [
     {
@@ -114,20 +114,6 @@ def test_the_users_matplotlib_settings_neither_matter_nor_change(tmp_path):
         write_curves(tmp_path / "b.png", HISTORY)
         assert matplotlib.rcParams["lines.linewidth"] == 9.0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    target = tmp_path / "curves.png"
-    target.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_whole(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_without_matplotlib_the_extra_to_install_is_named(monkeypatch):

@@ -1,49 +1,52 @@
-"""Order is a function of seed and epoch; nothing is lost, padding is little."""
+"""Batches: every sample once an epoch, alike in length, the same for the same seed."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edgetune.train.batches import EpochBatches
+from edgetune.train.batches import BatchOrder, share_of
 
-
-def indices(batches: EpochBatches) -> list[list[int]]:
-    return [[i for _, i in batch] for batch in batches]
+LENGTHS = np.random.default_rng(0).integers(5, 60, 2000).tolist()
 
 
-@given(
-    samples=st.integers(1, 300), size=st.integers(1, 40), epoch=st.integers(0, 5),
-    by_length=st.booleans(),
-)  # fmt: skip
-def test_an_epoch_holds_every_sample_once(samples, size, epoch, by_length):
-    lengths = [i % 17 for i in range(samples)] if by_length else None
-    batches = EpochBatches(samples, size, lengths=lengths, seed=3)
-    batches.epoch = epoch
-    found = indices(batches)
-    assert sorted(i for batch in found for i in batch) == list(range(samples))
-    assert len(found) == len(batches) == -(-samples // size)
+def padding(order: BatchOrder, epoch: int = 0) -> int:
+    return sum(
+        len(b) * max(LENGTHS[i] for i in b) - sum(LENGTHS[i] for i in b)
+        for b in order.batches(epoch)
+    )
 
 
-def test_the_rest_of_an_epoch_is_what_an_unbroken_one_had_left():
-    whole = EpochBatches(100, 8, lengths=list(range(100)), seed=1)
-    whole.epoch = 4
-    rest = EpochBatches(100, 8, lengths=list(range(100)), seed=1)
-    rest.epoch, rest.start = 4, 5
-    assert indices(rest) == indices(whole)[5:]
-    assert len(rest) == len(whole) - 5
+def test_every_sample_comes_once_an_epoch():
+    batches = BatchOrder(len(LENGTHS), 32, lengths=LENGTHS, seed=3).batches(1)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(LENGTHS)))
+    # 2,000 samples are 62 batches of 32 and one of 16
+    assert sorted(len(b) for b in batches) == [16, *[32] * 62]
 
 
-def test_epochs_and_seeds_differ():
-    orders = set()
-    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
-        batches = EpochBatches(64, 8, seed=seed)
-        batches.epoch = epoch
-        orders.add(str(indices(batches)))
-    assert len(orders) == 3
+def test_the_order_is_a_function_of_seed_and_epoch():
+    first = [b.tolist() for b in BatchOrder(100, 8, seed=1).batches(2)]
+    assert first == [b.tolist() for b in BatchOrder(100, 8, seed=1).batches(2)]
+    assert first != [b.tolist() for b in BatchOrder(100, 8, seed=1).batches(3)]
+    assert first != [b.tolist() for b in BatchOrder(100, 8, seed=2).batches(2)]
 
 
-def test_like_lengths_share_a_batch():
-    lengths = np.random.default_rng(0).integers(1, 100, 3200).tolist()
-    batches = EpochBatches(3200, 32, lengths=lengths, seed=0)
-    padded = sum(max(lengths[i] for i in b) * len(b) for b in indices(batches))
-    assert padded < 1.06 * sum(lengths)
+def test_batches_of_like_length_spare_most_of_the_padding():
+    alike = BatchOrder(len(LENGTHS), 32, lengths=LENGTHS)
+    random = BatchOrder(len(LENGTHS), 32)
+    assert padding(alike) < 0.1 * padding(random)
+
+
+def test_long_and_short_batches_are_mixed():
+    widths = [max(LENGTHS[i] for i in b) for b in BatchOrder(2000, 32, lengths=LENGTHS).batches(0)]
+    assert widths != sorted(widths)
+    assert widths != sorted(widths, reverse=True)
+
+
+def test_in_order_means_in_order():
+    batches = BatchOrder(10, 4, shuffle=False).batches(5)
+    assert [b.tolist() for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_processes_deal_a_batch_out_like_cards():
+    batch = np.array([4, 8, 15, 16, 23])
+    assert share_of(batch, 0, 2).tolist() == [4, 15, 23]
+    assert share_of(batch, 1, 2).tolist() == [8, 16]
+    assert share_of(batch[:1], 1, 2).tolist() == []

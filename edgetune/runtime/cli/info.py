@@ -41,6 +41,17 @@ def command(bundle: Path, as_json: bool) -> None:
             f"{metric.value:.4f} ({metric.low:.4f} to {metric.high:.4f}, 95 %;"
             f" {manifest.evaluation.samples} {manifest.evaluation.split} samples)"
         )
+    if (found := manifest.calibration) is not None:
+        rows["scores"] = (
+            f"divided by temperature {found.temperature:.4g}: calibration error"
+            f" {100 * found.ece_before:.1f} -> {100 * found.ece_after:.1f} points"
+            f" ({found.samples} samples)"
+        )
+    if (kept := manifest.abstention) is not None:
+        rows["abstains"] = (
+            f"below score {kept.threshold:.4f}: {100 * kept.coverage:.1f} % of {kept.samples}"
+            f" samples answered, accuracy at least {kept.low:.4f} (95 %)"
+        )
     if manifest.overrides:
         rows["overrides"] = ", ".join(manifest.overrides)
     width = max(map(len, rows))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,10 +37,21 @@ def command(
             if as_json:
                 click.echo(json.dumps({"input": sample, **to_mapping(result)}, ensure_ascii=False))
                 continue
-            click.echo(f"{printable(result.label)}\t{result.score:.4f}\t{printable(sample)}")
-            if result.scores:
-                for label, score in sorted(result.scores.items(), key=lambda item: -item[1]):
+            mark = "\tabstained" if getattr(result, "abstained", None) else ""
+            click.echo(f"{_shown(result)}\t{printable(sample)}{mark}")
+            if all_scores and (scores := getattr(result, "scores", None)):
+                for label, score in sorted(scores.items(), key=lambda item: -item[1]):
                     click.echo(f"    {printable(label)}\t{score:.4f}")
+
+
+def _shown(result: Any) -> str:
+    """Return a class and its score, the labels with theirs, or a value."""
+    if hasattr(result, "label"):
+        return f"{printable(result.label)}\t{result.score:.4f}"
+    if hasattr(result, "value"):
+        return f"{result.value:.6g}"
+    given = [f"{printable(label)} {result.scores[label]:.4f}" for label in result.labels]
+    return ", ".join(given) or "(no label)"
 
 
 def _samples(inputs: tuple[str, ...]) -> Iterator[str]:

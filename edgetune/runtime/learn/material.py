@@ -14,6 +14,7 @@ from edgetune.runtime.bundle import LEARN_NAME, Bundle
 from edgetune.runtime.learn.projection import Projection
 from edgetune.runtime.learn.statistics import Prior, prior_arrays, prior_from_arrays
 from edgetune.runtime.npz import load_arrays
+from edgetune.runtime.tasks import has_classes
 
 VERSION = 1
 MAX_BYTES = 2**28
@@ -55,6 +56,11 @@ def read_material(bundle: Bundle) -> Material:
         IntegrityError: it is not the manifest's, or not what it should be.
     """
     entry = bundle.manifest.files.get(LEARN_NAME)
+    if not has_classes(bundle.manifest.task):
+        raise ConfigError(
+            f"{bundle.where}: this bundle cannot learn: task {bundle.manifest.task} gives no one"
+            " class a sample, which learning on the device teaches"
+        )
     if entry is None:
         raise ConfigError(
             f"{bundle.where}: this bundle cannot learn: it has no {LEARN_NAME}; export it without"

@@ -15,6 +15,7 @@ from edgetune.runtime.bundle import STEP_NAME, Bundle
 from edgetune.runtime.learn.projection import Projection
 from edgetune.runtime.learn.ridge import Head
 from edgetune.runtime.learn.store import Generation, Store
+from edgetune.runtime.manifest import Manifest
 from edgetune.runtime.npz import load_arrays
 
 STATE_NAME = "state.npz"
@@ -50,6 +51,13 @@ class State:
         if features is None:
             raise IntegrityError("the graph has no output named features for a learned head")
         return self.head_logits(features)
+
+    def has_head_of(self, manifest: Manifest) -> bool:
+        """Tell whether the bundle's own last layer, as it was exported, gives the logits."""
+        if self.head is not None or self.labels != manifest.labels:
+            return False
+        specs = () if manifest.training is None else manifest.training.trainable
+        return not any("classes" in spec.shape and spec.name in self.tensors for spec in specs)
 
     def head_logits(self, features: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return logits of features, (batch, d), by the head."""

@@ -223,8 +223,14 @@ class Server:
         mappings = [to_mapping(one) for one in (result if many else [result])]
         answer: dict[str, Any] = {"results": mappings} if many else dict(mappings[0])
         answer["milliseconds"] = round(seconds * 1e3, 3)
-        labels = [label for one in mappings if isinstance(label := one.get("label"), str)]
+        labels = [label for one in mappings for label in self._counted(one)]
         return _Answer(body=json_response(200, answer).body, labels=labels, seconds=seconds)
+
+    def _counted(self, answer: dict[str, Any]) -> list[str]:
+        """Return the labels that an answer counts for; a value counts for the one output."""
+        if "label" in answer:
+            return [answer["label"]]
+        return list(answer.get("labels", self.model.manifest.labels if "value" in answer else ()))
 
     def _observe(self, exchange: Exchange) -> None:
         known = exchange.path if exchange.path in self._routes else "other"

@@ -1,4 +1,4 @@
-"""Image classification on the device: file, bytes, PIL image or array -> uint8 pixels -> a label.
+"""Image classification and regression on the device: an image -> uint8 pixels -> label or value.
 
 Resizing and normalising are in the graph; only decoding happens here.
 """
@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from edgetune.errors import DataError, IntegrityError, MissingExtraError, ResourceError
 from edgetune.runtime.bundle import Bundle
-from edgetune.runtime.tasks.classification import Classification, classify
+from edgetune.runtime.tasks.answers import Answers, split_options
+from edgetune.runtime.tasks.classification import Classes
 
 Pixels = npt.NDArray[np.uint8]
 # Pillow would start Ghostscript to draw these
@@ -23,10 +24,18 @@ ORIENTATION = 0x0112
 
 
 class ImageClassification:
-    """Decodes images; the graph takes pixels as they are."""
+    """Decodes images, pixels go into the graph as they are; `answers` says what comes of them."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Need nothing of the bundle."""
+    def __init__(self, bundle: Bundle, answers: type[Answers] = Classes) -> None:
+        """Need nothing of the bundle but how it answers.
+
+        Raises:
+            IntegrityError: the manifest has an option that is unknown or out of bounds.
+        """
+        theirs, own = split_options(bundle.manifest, answers)
+        if own:
+            raise IntegrityError(f"manifest: options: unknown key {next(iter(own))!r:.200}")
+        self._answers = answers(bundle.manifest, theirs)
 
     def is_many(self, value: Any) -> bool:
         """Say whether `value` is a list of images or a 4-D array rather than one image."""
@@ -59,10 +68,15 @@ class ImageClassification:
         return {"image": np.stack([e["image"] for e in encoded])}
 
     def results(
-        self, outputs: dict[str, Any], labels: Sequence[str], *, all_scores: bool
-    ) -> list[Classification]:
-        """Return one `Classification` a sample."""
-        return classify(outputs.get("logits"), labels, all_scores=all_scores)
+        self,
+        outputs: dict[str, Any],
+        labels: Sequence[str],
+        *,
+        all_scores: bool,
+        learned: bool = False,
+    ) -> list[Any]:
+        """Return one result a sample: `Classification`, `MultiLabel` or `Value`."""
+        return self._answers.results(outputs, labels, all_scores=all_scores, learned=learned)
 
 
 def decode_image(source: Any) -> Pixels:

@@ -1,4 +1,4 @@
-"""Text classification on the device: a string -> token ids -> a label."""
+"""Text classification and regression on the device: a string -> token ids -> a label or value."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import numpy as np
 from edgetune.errors import ConfigError, DataError, IntegrityError, MissingExtraError
 from edgetune.runtime.bundle import TOKENIZER_NAME, Bundle
 from edgetune.runtime.records import from_mapping
-from edgetune.runtime.tasks.classification import Classification, classify
+from edgetune.runtime.tasks.answers import Answers, split_options
+from edgetune.runtime.tasks.classification import Classes
 
 MAX_TOKENS = 2**20
 
@@ -23,12 +24,14 @@ class TextOptions:
 
 
 class TextClassification:
-    """Encodes strings with the bundle's own tokenizer.json."""
+    """Encodes strings with the bundle's own tokenizer.json; `answers` says what comes of them."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, answers: type[Answers] = Classes) -> None:
         """Load the tokenizer; see `open_tokenizer` for the errors."""
+        theirs, own = split_options(bundle.manifest, answers)
+        self._answers = answers(bundle.manifest, theirs)
         self.options = from_mapping(
-            TextOptions, bundle.manifest.options, where="manifest: options", error=IntegrityError
+            TextOptions, own, where="manifest: options", error=IntegrityError
         )
         if not 1 <= self.options.max_length <= MAX_TOKENS or not 0 <= self.options.pad_id < 2**31:
             raise IntegrityError(f"manifest: options: out of bounds: {self.options}")
@@ -89,10 +92,15 @@ class TextClassification:
         return {"input_ids": ids, "attention_mask": mask}
 
     def results(
-        self, outputs: dict[str, Any], labels: Sequence[str], *, all_scores: bool
-    ) -> list[Classification]:
-        """Return one `Classification` a sample."""
-        return classify(outputs.get("logits"), labels, all_scores=all_scores)
+        self,
+        outputs: dict[str, Any],
+        labels: Sequence[str],
+        *,
+        all_scores: bool,
+        learned: bool = False,
+    ) -> list[Any]:
+        """Return one result a sample: `Classification`, `MultiLabel` or `Value`."""
+        return self._answers.results(outputs, labels, all_scores=all_scores, learned=learned)
 
 
 def open_tokenizer(data: bytes, max_length: int, *, where: str) -> Any:
