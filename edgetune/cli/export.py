@@ -32,7 +32,8 @@ OPTIMIZERS: "tuple[Optimizer, ...]" = ("adamw", "sgd")
 )  # fmt: skip
 @click.option(
     "--max-drop", type=float, default=0.02, show_default=True,
-    help="Largest loss of validation accuracy against fp32, as a share, with 95 % confidence.",
+    help="Largest loss of validation accuracy against fp32, as a share, with 95 % confidence; of a"
+    " regression, the largest rise of its mean absolute error.",
 )  # fmt: skip
 @click.option("--max-class-drop", type=float, help="Largest loss of any class's recall, a share.")
 @click.option(

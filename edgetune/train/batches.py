@@ -46,7 +46,9 @@ class BatchOrder:
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
-        return -(-self._samples // self.batch_size)
+        size = self.batch_size
+        single = self._samples % size == 1 and self._samples > size
+        return -(-self._samples // size) - single
 
     def batches(self, epoch: int) -> list[IntArray]:
         """Return the indices of the samples of each batch of `epoch`."""
@@ -59,6 +61,9 @@ class BatchOrder:
         batches: list[IntArray] = [
             order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
         ]
+        if len(batches) > len(self):
+            # BatchNorm cannot normalise by a batch of one sample, so it joins the one before
+            batches[-2:] = [np.concatenate(batches[-2:])]
         if self._shuffle and self._lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches

@@ -873,6 +873,13 @@ class _Loop:
                 f"out of memory at batch_size {self.config.batch_size}; lower batch_size and"
                 " raise grad_accumulation by as much, or let --batch-size 0 find one"
             ) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                "BatchNorm was given one sample of one pixel: raise batch_size (of one process)"
+                " or image_size"
+            ) from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

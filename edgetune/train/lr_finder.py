@@ -45,7 +45,7 @@ DIVERGED = 4.0
 BELOW_LOWEST = 10.0
 # a fall counts where it is this share of the loss and this many standard errors
 LEAST_FALL = 0.05
-STANDARD_ERRORS = 4.0
+STANDARD_ERRORS = 5.0
 # of a run, for methods that go by the step: AdaLoRA takes no rank away in its first tenth
 _STEPS_OF_RUN = 100 * MOST
 
@@ -263,7 +263,7 @@ def lr_note(curve: LrCurve) -> str:
             f"learning rate {curve.lr:g}: not found, {curve.reason}; what the run would have"
             f" taken is kept (see {FIGURE_NAME})"
         )
-    return f"learning rate {curve.lr:g}, where the loss fell most steeply (see {FIGURE_NAME})"
+    return f"learning rate {curve.lr:g}, found by a range test (see {FIGURE_NAME})"
 
 
 def _heights(curve: LrCurve) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from edgetune.errors import ConfigError, IntegrityError, MissingExtraError, Reso
 from edgetune.runtime.files import write_atomic
 from edgetune.runtime.learn.disk import Disk, Lock
 from edgetune.runtime.records import from_mapping, to_mapping
+from edgetune.tasks import MINIMIZED, selection_metric
 from edgetune.train.run import versions
 from edgetune.train.search_space import (
     SearchKey,
@@ -50,7 +51,6 @@ FREE_KEYS = (
     "track",
 )  # fmt: skip
 # metrics of which less is better
-_MINIMIZED = ("loss", "mae")
 _STUDY_NAME = "edgetune"
 # trials that run to their end before the median counts, and epochs that every trial may have
 _MEDIAN_TRIALS, _MEDIAN_EPOCHS = 5, 2
@@ -139,7 +139,7 @@ def new_record(
     metric = objective(config)
     return TuneRecord(
         metric=metric,
-        direction="minimize" if metric in _MINIMIZED else "maximize",
+        direction="minimize" if metric in MINIMIZED else "maximize",
         sampler=sampler,
         pruner=pruner,
         seed=config.seed,
@@ -152,11 +152,7 @@ def new_record(
 
 def objective(config: TrainConfig) -> str:
     """Return the metric that trials are compared by; "auto" goes by the task, as in training."""
-    if config.metric != "auto":
-        return config.metric
-    if config.task.endswith("regression"):
-        return "loss"
-    return "f1_macro" if "multilabel" in config.task else "accuracy"
+    return selection_metric(config)
 
 
 def read_tune(folder: Path) -> TuneRecord:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from edgetune.bench.report import Mistake, write_report
-from edgetune.errors import DataError
+from edgetune.errors import DataError, ResourceError
 from edgetune.tasks.metrics import classification_report
 
 VOID = {"meta", "img", "br"}
@@ -293,7 +293,7 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ResourceError, match="no space left"):
         write(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

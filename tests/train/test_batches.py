@@ -45,6 +45,14 @@ def test_in_order_means_in_order():
     assert [b.tolist() for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+def test_a_last_sample_alone_joins_the_batch_before():
+    order = BatchOrder(9, 4, shuffle=False)
+    assert [b.tolist() for b in order.batches(0)] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert len(order) == 2
+    assert len(BatchOrder(1, 4).batches(0)) == len(BatchOrder(1, 4)) == 1
+    assert len(BatchOrder(3, 1).batches(0)) == len(BatchOrder(3, 1)) == 3
+
+
 def test_processes_deal_a_batch_out_like_cards():
     batch = np.array([4, 8, 15, 16, 23])
     assert share_of(batch, 0, 2).tolist() == [4, 15, 23]
