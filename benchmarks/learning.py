@@ -52,7 +52,7 @@ from edgetune.runtime.learn.learner import Learner, head_rules
 from edgetune.runtime.learn.material import read_material
 from edgetune.runtime.learn.outliers import FloodRules
 from edgetune.runtime.model import EdgeModel
-from edgetune.train.loop import train
+from edgetune.train import train
 
 Rng = np.random.Generator
 Floats = npt.NDArray[np.float64]

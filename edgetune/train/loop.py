@@ -6,12 +6,11 @@ the very batches that were left.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,45 +21,32 @@ from torch import Tensor
 from edgetune.config import TrainConfig
 from edgetune.data import (
     Dataset,
-    Scale,
-    accept,
-    check_dataset,
     class_counts,
-    load_dataset,
-    scale_of,
 )
 from edgetune.errors import ConfigError, DataError, ResourceError
-from edgetune.models.adapt import adapt, frozen_sha256, parameter_counts
-from edgetune.models.families import Family, blocks
-from edgetune.models.load import load_model
-from edgetune.runtime.files import replace_atomic, write_atomic
+from edgetune.models.families import Family
+from edgetune.runtime.files import replace_atomic
 from edgetune.runtime.records import to_mapping
 from edgetune.tasks import (
     MINIMIZED,
     Samples,
     TaskModel,
-    open_task,
     selection_metric,
-    task_kind,
 )
 from edgetune.tasks.curves import write_curves
-from edgetune.train.activations import TOLERANCE as CACHE_TOLERANCE
-from edgetune.train.activations import Cut, Place, Refused, difference_behind, keep_activations
-from edgetune.train.batch_size import LARGEST, batch_size_note, find_batch_size, free_unused
+from edgetune.train.activations import Refused
 from edgetune.train.batches import BatchOrder
 from edgetune.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from edgetune.train.energy import EnergyMeter, gpus_in_use
 from edgetune.train.engine import Engine
-from edgetune.train.events import Event, OnEvent, note, silent
+from edgetune.train.events import Event, OnEvent, note
 from edgetune.train.feeding import Feeder
 from edgetune.train.history import read_history, write_history
-from edgetune.train.lr_finder import find_lr, lr_files, lr_note
+from edgetune.train.keeping import Kept, keep_frozen, refusal_of
 from edgetune.train.machine import (
     Machine,
     default_workers,
-    free_memory_bytes,
     keep_freed_memory,
-    open_machine,
     peak_memory_mib,
 )
 from edgetune.train.optim import learning_rate
@@ -68,11 +54,6 @@ from edgetune.train.rehearsal import rehearse
 from edgetune.train.run import (
     BEST_NAME,
     RunRecord,
-    data_source,
-    read_run,
-    run_dataset_of,
-    versions,
-    write_config,
     write_record,
 )
 from edgetune.train.runs import hold_run
@@ -93,219 +74,7 @@ SETTLE_SHARE = 0.05
 COMPILE_STEPS = 2000
 
 
-def train(config: TrainConfig, *, on_event: OnEvent | None = None) -> RunRecord:
-    """Fine-tune as `config` says and write the run folder `config.output`.
-
-    Launched by torchrun or `accelerate launch` it is called in every process; the first one
-    writes and speaks.
-
-    Args:
-        config: from `load_config`.
-        on_event: called with what happens, to show it.
-
-    Returns:
-        the run's record; its status is "interrupted" where Ctrl-C or SIGTERM ended it.
-
-    Raises:
-        ConfigError: the output exists, or the config does not fit the model.
-        DataError: the data check found what would waste the run.
-        ResourceError: memory or disk ran out.
-    """
-    config = _resolved(config)
-    folder = Path(config.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"output {folder}: exists already; name another folder, or go on with:"
-            f" edgetune train --resume {folder}"
-        )
-    dataset = load_dataset(data_source(config))
-    report = check_dataset(dataset, min_per_class=config.min_per_class)
-    dataset, left_out = accept(dataset, report, config.allow)
-    machine = open_machine(config)
-    say = _speaker(machine, on_event)
-    for problem in report.problems:
-        say(note(f"data: {problem.message}"))
-    config, files = _searched(config, dataset, machine, say)
-    scale = scale_of(dataset.splits["train"])
-    task, family = _adapted(config, dataset.labels, scale)
-    trainable, total = parameter_counts(task.network)
-    record = RunRecord(
-        status="running",
-        task=config.task,
-        labels=dataset.labels,
-        trainable_parameters=trainable,
-        parameters=total,
-        frozen_sha256=frozen_sha256(task.network),
-        scale=scale,
-        left_out=left_out,
-        versions=versions(),
-    )
-    machine.wait()
-    if machine.is_main:
-        files |= task.device_files() | {
-            "data.json": json.dumps(to_mapping(report), indent=2).encode()
-        }
-        _create(folder, config, record, files)
-    machine.wait()
-    return _Loop(config, folder, task, family, dataset, record, machine, say).run()
-
-
-def resume(folder: Path, *, on_event: OnEvent | None = None) -> RunRecord:
-    """Go on with an interrupted run from its newest whole checkpoint.
-
-    Raises:
-        ConfigError: the folder is no run, the run is finished, or base model or data changed.
-        IntegrityError: no checkpoint is whole.
-    """
-    config, record = read_run(folder)
-    if record.status == "finished":
-        raise ConfigError(f"{folder}: is finished; train anew with another output")
-    config = dataclasses.replace(config, output=str(folder))
-    dataset = run_dataset_of(config, record)
-    machine = open_machine(config)
-    task, family = _adapted(config, record.labels, record.scale)
-    if frozen_sha256(task.network) != record.frozen_sha256:
-        raise ConfigError(
-            f"model {config.model!r} is not the one that {folder} began with: its weights changed"
-        )
-    say = _speaker(machine, on_event)
-    loop = _Loop(config, folder, task, family, dataset, record, machine, say)
-    loop.restore()
-    return loop.run()
-
-
-def _speaker(machine: Machine, on_event: OnEvent | None) -> OnEvent:
-    return on_event if on_event is not None and machine.is_main else silent
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on other keys, and make local paths absolute.
-
-    A run can then be resumed, measured and exported from any folder.
-    """
-    local: dict[str, Any] = {
-        key: str(Path(value).expanduser().absolute())
-        for key in ("data", "val", "test", "model", "weights", "output")
-        if (value := getattr(config, key))
-        and (key == "output" or Path(value).expanduser().exists())
-    }
-    metric = selection_metric(config)
-    return dataclasses.replace(config, lr=learning_rate(config), metric=metric, **local)
-
-
-def _searched(
-    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
-) -> tuple[TrainConfig, dict[str, bytes]]:
-    """Settle the batch size and the learning rate where the config leaves them to be found.
-
-    Returns:
-        the config, and what the run keeps of the search, by the name of the file.
-    """
-    files: dict[str, bytes] = {}
-    if config.batch_size == 0:
-        config = _with_batch_size(config, dataset, machine, say)
-        free_unused(machine.device)
-    if config.find_lr:
-        config, files = _with_lr(config, dataset, machine, say)
-        free_unused(machine.device)
-    return config, files
-
-
-def _with_batch_size(
-    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
-) -> TrainConfig:
-    with _on_trial(config, dataset, machine) as (engine, task):
-        train_samples = task.samples(dataset.splits["train"], training=True)
-        val_samples = task.samples(dataset.splits["val"], training=False)
-        samples = len(train_samples)
-
-        def progress(size: int) -> None:
-            values = {"done": size, "of": min(LARGEST, samples), "text": "batch sizes"}
-            say(Event(kind="preparing", values=values))
-
-        found = find_batch_size(engine, train_samples, val_samples, progress=progress)
-    say(note(batch_size_note(found, samples)))
-    return dataclasses.replace(config, batch_size=found.batch_size)
-
-
-def _with_lr(
-    config: TrainConfig, dataset: Dataset, machine: Machine, say: OnEvent
-) -> tuple[TrainConfig, dict[str, bytes]]:
-    # an average of the weights has no part in it
-    with _on_trial(dataclasses.replace(config, ema_decay=0.0), dataset, machine) as (engine, task):
-        samples = task.samples(dataset.splits["train"], training=True)
-        order = BatchOrder(
-            len(samples), config.batch_size, lengths=samples.lengths, seed=config.seed
-        )
-        workers = config.workers if config.workers is not None else default_workers()
-        feed = Feeder(
-            samples, order, device=machine.device, rank=machine.rank, processes=machine.processes,
-            workers=0 if samples.lengths is not None else workers,
-        )  # fmt: skip
-
-        def progress(done: int, steps: int) -> None:
-            values = {"done": done, "of": steps, "text": "learning rates"}
-            say(Event(kind="preparing", values=values))
-
-        try:
-            curve = find_lr(engine, feed, progress=progress)
-        finally:
-            feed.close()
-    say(note(lr_note(curve)))
-    return dataclasses.replace(config, lr=machine.same(curve.lr), find_lr=False), lr_files(curve)
-
-
-@contextmanager
-def _on_trial(
-    config: TrainConfig, dataset: Dataset, machine: Machine
-) -> Iterator[tuple[Engine, TaskModel]]:
-    """Give an engine to try things on; the run's own is made anew and knows nothing of it."""
-    scaler = machine.accelerator.scaler
-    scale = scaler.state_dict() if scaler is not None else None
-    train = dataset.splits["train"]
-    task, family = _adapted(config, dataset.labels, scale_of(train))
-    counts = class_counts(dataset)
-    try:
-        yield Engine(config, task, family, machine, counts, len(train.labels)), task
-    finally:
-        machine.accelerator.free_memory()
-        if scaler is not None:
-            scaler.load_state_dict(scale)
-
-
-def _adapted(
-    config: TrainConfig, labels: tuple[str, ...], scale: Scale | None
-) -> tuple[TaskModel, Family]:
-    # torch's generator decides the fresh head and the adapters' start
-    torch.manual_seed(config.seed)
-    loaded = load_model(
-        config.model, kind=task_kind(config.task), labels=labels, weights=config.weights
-    )
-    adapt(loaded.network, loaded.family, config)
-    return open_task(config.task, loaded, labels, config, scale=scale), loaded.family
-
-
-def _create(
-    folder: Path, config: TrainConfig, record: RunRecord, files: Mapping[str, bytes]
-) -> None:
-    """Make the run folder, whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_config(partial, config)
-        for name, data in files.items():
-            write_atomic(partial / name, data)
-        write_record(partial, record)
-        if folder.exists():  # an empty folder that the user made
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ResourceError(f"output {folder}: cannot be written: {error}") from error
-
-
-class _Loop:
+class Loop:
     """One run in memory."""
 
     def __init__(
@@ -334,7 +103,7 @@ class _Loop:
         self.shown_at = 0.0
         self.agree_every = AGREE_EVERY
         self.pass_seconds = self.samples_per_s = 0.0
-        self.cached = self.cached_in = ""
+        self.cached = ""
         self.meter = EnergyMeter(gpus=gpus_in_use() if machine.device.type == "cuda" else ())
 
     # -- the run ---------------------------------------------------------------------------
@@ -504,81 +273,33 @@ class _Loop:
         wanted = self.position.kept or self.config.activation_cache
         if wanted == "off":
             return
-        refusal = self._cache_refusal()
+        refusal = refusal_of(self.config, self.engine, self.samples["train"])
+        kept: Kept | None = None
         if refusal is None:
             try:
-                self._fill_cache()
+                kept = keep_frozen(
+                    self.engine, self.config, self.samples, self.folder / CACHE_FOLDER,
+                    "disk" if wanted == "disk" else "memory", progress=self._show_preparing,
+                )  # fmt: skip
             except Refused as reason:
                 refusal = str(reason)
+        if kept is not None:
+            self.samples, self.engine.cut = dict(kept.samples), kept.cut
+            self.train_feed, self.val_feed = self._feeder("train"), self._feeder("val")
+            self.cached = f"{kept.nbytes / 2**20:.0f} MiB in {kept.place}"
         if not self.position.kept:
-            self._move(kept="off" if refusal is not None else self.cached_in)
+            self._move(kept="off" if kept is None else kept.place)
         if refusal is not None and (wanted != "auto" or self.config.augment_views):
             self.say(note(f"activations are not kept: {refusal}"))
 
-    def _cache_refusal(self) -> str | None:
-        config, prefix, train = self.config, self.engine.prefix, self.samples["train"]
-        if self.engine.sharded:
-            return "the model is sharded"
-        below = {path for path, _ in blocks(self.engine.plain, self.engine.family)}
-        if not below & set(prefix):
-            return "no block is frozen below the ones that train"
-        if config.mixup or config.cutmix:
-            return "mixup and cutmix mix what the frozen layers are given"
-        if train.views is None:
-            return (
-                "augmentation makes a new image every epoch; --augment-views 4 keeps to four of"
-                " each, or use --augment flip or none"
-                if self.record.task.startswith("image")
-                else "token_dropout makes a new text every epoch"
-            )
-        if config.activation_cache == "auto" and config.epochs <= train.views:
-            return f"{config.epochs} epochs do not pay for {train.views} views"
-        return None
-
-    def _fill_cache(self) -> None:
-        engine, config = self.engine, self.config
-        cut = Cut(engine.plain, engine.prefix)
-        engine.train_mode(0)
-        in_memory = (self.position.kept or config.activation_cache) != "disk"
-        most = config.cache_gib * 2**30
-        if in_memory:
-            most = min(most, free_memory_bytes(torch.device("cpu")) / 2)
-        place = Place(
-            kind="memory" if in_memory else "disk",
-            folder=self.folder / CACHE_FOLDER / str(self.machine.rank),
-            most_bytes=int(most),
-        )
-
-        def logits(tensors: dict[str, Tensor]) -> Tensor:
-            return engine.logits(tensors)
-
-        def progress(done: int, all_: int) -> None:
-            now = time.monotonic()
-            if now - self.shown_at >= EVENT_SECONDS or done == all_:
-                self.shown_at = now
-                values = {
-                    "done": done, "of": all_, "text": "frozen layers, once",
-                    "seconds": now - began,
-                }  # fmt: skip
-                self.say(Event(kind="preparing", values=values))
-
-        kept: dict[str, Samples] = {}
-        began = time.monotonic()
-        engine.network.eval()  # frozen layers are in this mode anyway; what follows has no matter
-        for name, samples in self.samples.items():
-            found = keep_activations(
-                cut, logits, samples, place, name=f"{name}.bin",
-                batch_size=config.batch_size, device=self.machine.device, progress=progress,
-            )  # fmt: skip
-            off = difference_behind(cut, logits, samples, found, self.machine.device)
-            if off > CACHE_TOLERANCE:
-                raise Refused(f"behind the cut the model answers otherwise (by {off:.1e})")
-            kept[name] = found
-            place = dataclasses.replace(place, most_bytes=place.most_bytes - found.nbytes)
-        self.samples, engine.cut = kept, cut
-        self.train_feed, self.val_feed = self._feeder("train"), self._feeder("val")
-        size = sum(k.nbytes for k in kept.values())  # type: ignore[attr-defined]
-        self.cached, self.cached_in = f"{size / 2**20:.0f} MiB in {place.kind}", place.kind
+    def _show_preparing(self, done: int, samples: int, seconds: float) -> None:
+        now = time.monotonic()
+        if now - self.shown_at >= EVENT_SECONDS or done == samples:
+            self.shown_at = now
+            values = {
+                "done": done, "of": samples, "text": "frozen layers, once", "seconds": seconds,
+            }  # fmt: skip
+            self.say(Event(kind="preparing", values=values))
 
     def _compile(self) -> None:
         mode = self.config.compile
@@ -720,12 +441,15 @@ class _Loop:
     # -- details ---------------------------------------------------------------------------
 
     def _say_plan(self) -> None:
-        found = rehearse(self.engine, self.train_feed, self.config.grad_accumulation)
+        found = rehearse(
+            self.engine, self.train_feed, self.config.grad_accumulation, validation=self.val_feed
+        )
         # launchers wait half a minute for an end; agreeing costs little beside a slow step
         often = int(AGREE_SECONDS / max(1e-6, found.seconds_per_step))
         self.agree_every = self.machine.same(max(1, min(AGREE_EVERY, often)))
         left = self.position.steps - self.position.step
-        minutes = found.seconds_per_step * left / 60
+        passes = self._epochs() - self.position.epoch
+        minutes = (found.seconds_per_step * left + (found.validation_seconds or 0) * passes) / 60
         if self.config.time_budget:
             minutes = min(minutes, self.config.time_budget)
         self.say(

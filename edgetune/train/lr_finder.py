@@ -45,7 +45,7 @@ DIVERGED = 4.0
 BELOW_LOWEST = 10.0
 # a fall counts where it is this share of the loss and this many standard errors
 LEAST_FALL = 0.05
-STANDARD_ERRORS = 5.0
+STANDARD_ERRORS = 6.0
 # of a run, for methods that go by the step: AdaLoRA takes no rank away in its first tenth
 _STEPS_OF_RUN = 100 * MOST
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +125,17 @@ def free_memory_bytes(device: torch.device) -> int:
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _free_in_container())
+
+
+def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what a container's limit leaves (cgroup v2), or a very large number without one."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        return max(0, int(limit) - used) if limit != "max" else 2**62
+    except (OSError, ValueError):
+        return 2**62
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -8,6 +8,10 @@ metrics.jsonl        one line an epoch
 curves.png
 best.safetensors     the trained tensors of the best epoch
 checkpoints/         to resume from
+lr_finder.png, .json where the learning rate was to be found
+tensorboard/, ...    what --track reports to
+cache/               kept activations, while it runs and they are on disk
+.lock                held while its process lives
 """
 
 import dataclasses

@@ -50,7 +50,6 @@ FREE_KEYS = (
     "output", "workers", "checkpoint_minutes", "checkpoint_steps", "activation_cache", "cache_gib",
     "track",
 )  # fmt: skip
-# metrics of which less is better
 _STUDY_NAME = "edgetune"
 # trials that run to their end before the median counts, and epochs that every trial may have
 _MEDIAN_TRIALS, _MEDIAN_EPOCHS = 5, 2

@@ -23,9 +23,10 @@ from edgetune.config import TrainConfig
 from edgetune.errors import ConfigError, DataError, EdgetuneError, IntegrityError, ResourceError
 from edgetune.runtime.records import to_mapping
 from edgetune.train.events import Event
-from edgetune.train.loop import CACHE_FOLDER, resume, train
+from edgetune.train.loop import CACHE_FOLDER
 from edgetune.train.run import BEST_NAME, RECORD_NAME, RunRecord, read_run, write_record
 from edgetune.train.search_space import SearchKey, check_search, default_space, grid_of
+from edgetune.train.start import resume, train
 from edgetune.train.study import (
     Claim,
     PrunerName,

@@ -172,8 +172,9 @@ class Full(torch.nn.Module):
 
     def forward(self, **inputs):
         rows, tokens = inputs["input_ids"].shape
-        self.seen.append((self.training, rows, tokens))
-        if rows > self.most[self.training]:
+        training = self.network.training
+        self.seen.append((training, rows, tokens))
+        if rows > self.most[training]:
             raise self.error
         return self.network(**inputs)
 
@@ -263,7 +264,7 @@ def test_samples_a_second_are_those_of_the_fastest_step(parts):
 
 
 def test_on_a_cpu_a_fifth_of_the_free_memory_is_left(parts, monkeypatch):
-    monkeypatch.setattr("edgetune.train.batch_size.free_memory_bytes", lambda device: 1000 * MIB)
+    monkeypatch.setattr("edgetune.train.batch_size.free_memory_bytes", lambda _: 1000 * MIB)
     monkeypatch.setattr("edgetune.train.batch_size.rss_mib", lambda: 300.0)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     machine = parts[0].machine
@@ -275,7 +276,10 @@ def test_on_a_cpu_a_fifth_of_the_free_memory_is_left(parts, monkeypatch):
 # -- in a run ------------------------------------------------------------------------------
 
 
-def test_a_run_with_what_was_found_given_has_the_very_same_weights(switches, tiny_bert, tmp_path):
+def test_a_run_with_what_was_found_given_has_the_very_same_weights(
+    switches, tiny_bert, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("edgetune.train.batch_size.SECONDS", 0.0)  # what is found does not matter
     folder, events = tmp_path / "found", []
     config = config_for(switches, tiny_bert, folder, find_lr=True, epochs=2)
     record = train(config, on_event=events.append)
@@ -296,6 +300,8 @@ def test_a_run_with_what_was_found_given_has_the_very_same_weights(switches, tin
 
 
 def test_images_need_no_decoding_to_be_tried(colours, tmp_path, monkeypatch):
+    # nothing is left to decode with
+    monkeypatch.setattr("edgetune.tasks.image_classification.decode_image", None)
     config = TrainConfig(
         task="image-classification", model="torchvision:mobilenet_v3_small", weights="none",
         data=str(colours), output=str(tmp_path / "run"), method="full", image_size=32,
