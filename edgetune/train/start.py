@@ -55,6 +55,9 @@ from edgetune.train.run import (
     write_record,
 )
 
+# fewest steps of an epoch with a batch size that is to be found
+STEPS_PER_EPOCH = 10
+
 
 def train(config: TrainConfig, *, on_event: OnEvent | None = None) -> RunRecord:
     """Fine-tune as `config` says and write the run folder `config.output`.
@@ -181,12 +184,16 @@ def _with_batch_size(
         train_samples = task.samples(dataset.splits["train"], training=True)
         val_samples = task.samples(dataset.splits["val"], training=False)
         samples = len(train_samples)
+        # larger batches leave an epoch too few steps to learn in
+        largest = max(4, min(LARGEST, samples // STEPS_PER_EPOCH))
 
         def progress(size: int) -> None:
-            values = {"done": size, "of": min(LARGEST, samples), "text": "batch sizes"}
+            values = {"done": size, "of": largest, "text": "batch sizes"}
             say(Event(kind="preparing", values=values))
 
-        found = find_batch_size(engine, train_samples, val_samples, progress=progress)
+        found = find_batch_size(
+            engine, train_samples, val_samples, largest=largest, progress=progress
+        )
     say(note(batch_size_note(found, samples)))
     return dataclasses.replace(config, batch_size=found.batch_size)
 
