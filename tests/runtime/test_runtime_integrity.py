@@ -283,7 +283,7 @@ def test_a_bundle_knows_its_size_without_the_manifest(color_bundle):
     [
         ({"task": "image-clasification"},
          "names task 'image-clasification'; did you mean 'image-classification'?"),
-        ({"task": "x"}, "known: image-classification, text-classification"),
+        ({"task": "x"}, "known: image-classification, image-multilabel"),
         ({"labels": ("red", "green")}, "logit for each of 2 labels, got an array of shape (1, 3)"),
         ({"labels": ("red", "red", "blue")}, "labels: one of them is there twice"),
         ({"session": SessionSettings(max_batch=0)}, "max_batch: expected at least 1, got 0"),
